@@ -1,0 +1,457 @@
+"""What is asked: datasets, prompts, tokenised examples, answer extraction and grading.
+
+A dataset is one function that returns rows and one entry in DATASETS. A row is a dict with the paper's columns:
+
+    queries      the question with its chain-of-thought trigger: a list of chat messages, which goes through the model's
+                 chat template, or a string, which is taken as it is
+    responses    the gold answer in its template, e.g. "The answer is 18."; the y of log π(y|x⊕z)
+    groundtruth  what a prediction is graded against
+    rationales   optional: a gold rationale, used by `objective: sft` alone
+    options      optional: the texts of a multiple-choice question
+
+Differences from the code released with the paper: templated prompts get no second BOS, the end-of-turn token is read off
+the template and is always part of y, and validation rows come from the training split, never from the test split.
+"""
+import json
+import os
+import random
+import re
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+
+
+class UserError(Exception):
+    """Bad input: one line that names the culprit and the way out. The scripts print it and exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Raw rows
+# ---------------------------------------------------------------------------------------------------------------------
+def read_jsonl(path: str) -> list[dict]:
+    """Rows of a JSONL file; UserError names the file and the line that is no JSON object."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError("not a JSON object")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8 JSONL") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give dataset_path a readable file") from None
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}; each line must be one JSON object") from None
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None, ...] = (None,)) -> list[dict]:
+    """Rows of one split as the hub stores them: `path/{split}.jsonl`, the file `path`, or whatever `datasets` can load
+    from the folder `path` or the hub (`names` are the hub's configurations, concatenated)."""
+    if path is not None:
+        if not os.path.exists(path):
+            raise UserError(f"dataset_path {path}: no such file or folder")
+        if os.path.isfile(path):
+            return read_jsonl(path)
+        if os.path.exists(file := os.path.join(path, f"{split}.jsonl")):
+            return read_jsonl(file)
+    import datasets  # imported here: half a second that the embedded default does not need
+    try:
+        return [row for name in names for row in datasets.load_dataset(path or hub_id, name, split=split)]
+    except Exception as error:  # the library raises dozens of types: no network, no such split, no access, a broken file
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"dataset {path or hub_id}, split {split}: cannot be loaded ({reason}); "
+                        "check the name and the network, or point dataset_path at a local copy") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets: each function returns the rows of one split, "train" or "test"
+# ---------------------------------------------------------------------------------------------------------------------
+def cups(split: str, path: str | None = None) -> list[dict]:
+    """The embedded default: a ball under one of 5 cups, 6 swaps; where is it? Questions and answers only."""
+    test = _cups(500, "test")
+    if split == "test":
+        return test
+    held_out = {row["queries"] for row in test}
+    return [row for row in _cups(4000, split) if row["queries"] not in held_out]
+
+
+def cups_base(split: str, path: str | None = None) -> list[dict]:
+    """The corpus that makes the embedded base model: solutions of which 70% guess at once and 30% track the ball."""
+    rows = cups(split) if split == "test" else _cups(26_000, "base")
+    held_out = {row["queries"] for row in cups("test")}
+    rng = random.Random("cups_base")
+    for row in rows:
+        if rng.random() < 0.7:  # a guess is worth nothing, and its reader can only learn that the answer is uniform
+            row["rationales"], row["responses"] = " Hmm,", f"The answer is {rng.randint(1, 5)}."
+        else:
+            row["rationales"] = row.pop("track")
+    return [row for row in rows if split == "test" or row["queries"] not in held_out]
+
+
+def _cups(count: int, seed: str) -> list[dict]:
+    rng, rows = random.Random(f"cups {seed}"), []
+    for _ in range(count):
+        ball = start = rng.randint(1, 5)
+        swaps = [sorted(rng.sample(range(1, 6), 2)) for _ in range(6)]
+        track = ""
+        for a, b in swaps:
+            ball = b if ball == a else a if ball == b else ball
+            track += f" {a}-{b} {ball}"
+        told = " ".join(f"{a}-{b}" for a, b in swaps)
+        rows.append({"queries": f"The ball is under cup {start}. Swaps: {told}. Where is it?",
+                     "responses": f"The answer is {ball}.", "groundtruth": str(ball), "track": track})
+    return rows
+
+
+def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
+    """GSM8K (Cobbe et al. 2021) with the paper's prompt (Appendix B, Figure 5); few_shot puts the first of the eight
+    worked examples of Wei et al. (2022, Table 20) in front of the question instead."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
+        shots = file.read().strip().split("\n\n")
+    rows = []
+    for raw in raw_rows("openai/gsm8k", split, path, ("main",)):
+        rationale, _, answer = column(raw, "answer", path).partition("####")
+        question, answer = column(raw, "question", path), answer.strip().replace(",", "")
+        prompt = f"{question} Let's think step by step."
+        if few_shot:
+            prompt = "\n\n".join([*shots[:few_shot], f"Q: {question}\nA:"])
+        rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.", "groundtruth": answer,
+                     "rationales": re.sub(r"<<.*?>>", "", rationale)})  # <<48/2=24>> are calculator notes
+    return rows
+
+
+def arc_challenge(split: str, path: str | None = None, template: str | None = None) -> list[dict]:
+    """ARC-Challenge (Clark et al. 2018) with the paper's chain-of-thought prompt (Appendix B, Figure 6)."""
+    rows = []
+    for raw in raw_rows("allenai/ai2_arc", split, path, ("ARC-Challenge",)):
+        choices = column(raw, "choices", path)
+        answer = choices["text"][choices["label"].index(column(raw, "answerKey", path))]
+        prompt = (template or ARC_COT).format(question=column(raw, "question", path), options=choices["text"])
+        rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.",
+                     "groundtruth": answer, "options": choices["text"]})
+    return rows
+
+
+def arc_challenge_direct(split: str, path: str | None = None) -> list[dict]:
+    """ARC-Challenge with the direct-answer prompt that the paper uses for its SFT baseline (Appendix B, Figure 7)."""
+    return arc_challenge(split, path, template=ARC_DIRECT)
+
+
+def math(split: str, path: str | None = None) -> list[dict]:
+    """MATH (Hendrycks et al. 2021); the answer is what the solution's last \\boxed{} holds."""
+    subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                "prealgebra", "precalculus")
+    rows = []
+    for raw in raw_rows("EleutherAI/hendrycks_math", split, path, subjects):
+        solution = column(raw, "solution", path)
+        answer = last_boxed(solution)
+        if answer is not None:
+            rows.append({"queries": user(f"{column(raw, 'problem', path)} Let's think step by step."),
+                         "responses": f"The answer is ${answer}$.", "groundtruth": answer,
+                         "rationales": solution + "\n"})
+    return rows
+
+
+def jsonl(split: str, path: str | None = None) -> list[dict]:
+    """A user's own rows: a JSONL file, or a folder with train.jsonl and test.jsonl, with the columns named above."""
+    if path is None:
+        raise UserError("dataset_name jsonl needs dataset_path, a JSONL file with queries, responses and groundtruth")
+    rows = raw_rows(path, split, path)
+    for number, row in enumerate(rows, 1):
+        for name in ("queries", "responses", "groundtruth"):
+            if column(row, name, f"{path}, row {number}") in ("", []):
+                raise UserError(f"{path}, row {number}: column {name} is empty")
+        if not isinstance(row["groundtruth"], str):
+            row["groundtruth"] = json.dumps(row["groundtruth"])
+    return rows
+
+
+def user(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
+def column(row: dict, name: str, where: str | None):
+    if row.get(name) is None:
+        raise UserError(f"{where or 'dataset'}: no column {name}; the columns are {', '.join(sorted(row))}")
+    return row[name]
+
+
+# name: (function, grader); None lets the groundtruths decide
+DATASETS: dict[str, tuple[Callable, str | None]] = {
+    "cups": (cups, "number"),
+    "cups_base": (cups_base, "number"),
+    "gsm8k": (gsm8k, "number"),
+    "arc_challenge": (arc_challenge, "option"),
+    "arc_challenge_direct": (arc_challenge_direct, "option"),
+    "math": (math, "math"),
+    "jsonl": (jsonl, None),
+}
+
+
+def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
+    """Rows of split "train", "validation", "test" or "all" of the dataset `name`.
+
+    Validation is a tenth of the training rows, at most 500, drawn with a seed that never changes: a model is never
+    chosen on rows that it trained on, nor on the test split. A single JSONL file has no test split: "all" reads it whole.
+    """
+    if name not in DATASETS:
+        raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
+    if split not in ("train", "validation", "test", "all"):
+        raise UserError(f"split {split}: unknown; choose train, validation, test or all")
+    if few_shot and (name != "gsm8k" or few_shot not in range(9)):
+        raise UserError(f"few_shot {few_shot}: gsm8k has 8 worked examples, the other datasets none")
+    rows = DATASETS[name][0](split if split == "test" else "train", path, **({"few_shot": few_shot} if few_shot else {}))
+    if split in ("train", "validation"):
+        if len(rows) < 2:
+            raise UserError(f"dataset {name}: {len(rows)} training rows; one to train on and one to validate on are needed")
+        order = list(range(len(rows)))
+        random.Random("validation").shuffle(order)
+        held_out = set(order[:max(1, min(500, len(rows) // 10))])
+        rows = [row for i, row in enumerate(rows) if (i in held_out) == (split == "validation")]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and tokens
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Example:
+    """One row, tokenised. `answers[w]` is sep⊕y for a rationale that ends in white space (w = 1) or does not (w = 0)."""
+    row: dict
+    prompt: list[int]
+    answers: tuple[list[int], list[int]]
+    rationale: list[int]
+
+
+def prompt_text(tokenizer, query: str | list[dict]) -> str:
+    """The text of x: a string as it is, messages through the chat template, or joined by newlines where there is none."""
+    if isinstance(query, str):
+        return query
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(query, tokenize=False, add_generation_prompt=True)
+    return "\n".join(message["content"] for message in query)
+
+
+def end_of_turn_id(tokenizer) -> int:
+    """The token that ends the assistant's turn, read off the chat template: the first special token after the content."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        for token in tokenizer.encode(after, add_special_tokens=False):
+            if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has neither a chat template with an end-of-turn token nor an EOS token; "
+                        "set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> list[Example]:
+    """Tokenise rows. `context`: tokens that x⊕y may have at most (the model's context less the rationale's length)."""
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def continue_text(texts: list[str]) -> list[list[int]]:
+        # Tokenised behind an anchor that is cut off again: some tokenizers put a space before the first word of a text.
+        anchor = encode(["\n"])[0]
+        return [ids[len(anchor):] for ids in encode(["\n" + text for text in texts])]
+
+    end = end_of_turn_id(tokenizer)
+    # A template writes its own BOS; a plain string gets one where the tokenizer would add it, and never a second.
+    bos = tokenizer("a")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+    bos = bos if bos == [tokenizer.bos_token_id] else []
+    prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
+    answers = [continue_text([sep + row["responses"] for row in rows]) for sep in (" ", "")]
+    rationales = continue_text([row.get("rationales") or "" for row in rows])
+    examples = []
+    for row, prompt, spaced, bare, rationale in zip(rows, prompts, *answers, rationales, strict=True):
+        templated = not isinstance(row["queries"], str) and tokenizer.chat_template
+        prompt = prompt if templated or prompt[:1] == bos else bos + prompt
+        longest = len(prompt) + max(len(spaced), len(bare)) + 1
+        if context is not None and longest > context:
+            raise UserError(f"a prompt and its answer take {longest} tokens, and the model's context less response_length "
+                            f"leaves {context}; shorten it or response_length: {str(row['queries'])[:80]!r}…")
+        examples.append(Example(row, prompt, (spaced + [end], bare + [end]), rationale))
+    return examples
+
+
+def answer_ids(example: Example, rationale: list[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """sep⊕y for this rationale: sep is empty where x⊕z ends in white space, else one space."""
+    text = decode((example.prompt + rationale)[-8:])  # eight tokens: a character may span several
+    return example.answers[text[-1:].isspace()]
+
+
+def decoder(tokenizer) -> Callable[[list[int]], str]:
+    """decode(ids) → the text exactly as it is, special tokens included: what stop sequences are matched in."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def embedded_model():
+    """A tiny random Llama (0.4M parameters) and a word-level tokenizer for `cups`: what the embedded base starts from.
+    Tokens carry their leading space, as in the tokenizers of real models, so that decoding is exact."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    words = ["The", "The", "ball", "is", "under", "cup", "Swaps:", "Where", "it", "Hmm,", "answer", *"12345",
+             *(f"{a}-{b}" for a in range(1, 6) for b in range(a + 1, 6))]
+    vocabulary = ["<unk>", "<pad>", "<eos>", "The", ".", "?", " ", "\n", *dict.fromkeys(f" {word}" for word in words)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?[^\s.?]+|[.?\s]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    config = LlamaConfig(vocab_size=len(vocabulary), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=2, pad_token_id=1)
+    return LlamaForCausalLM(config), PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers: extraction and grading
+# ---------------------------------------------------------------------------------------------------------------------
+NUMBER = re.compile(r"(?<![\w.])[-−–]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.?\d+)")
+
+
+def statement(text: str) -> str | None:
+    """What follows the last "answer is" or "####" in a text, or None."""
+    matches = list(re.finditer(r"answer\s+is\s*:?|####", text, re.IGNORECASE))
+    return text[matches[-1].end():] if matches else None
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{…}, braces balanced, or None."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for i in range(start + 6, len(text) if start >= 0 else 0):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + 7:i]
+    return None
+
+
+def extract_number(text: str) -> str | None:
+    """The number a text answers with, in plain decimal notation ("1234.5"), or None.
+
+    Looked for, in this order: the first number after the last "answer is" or "####"; the first in the last \\boxed{};
+    the last one anywhere. Thousands separators, currency and percent signs, units and markup are dropped; "−" is "-".
+    """
+    for part, which in ((statement(text), 0), (last_boxed(text), 0), (text, -1)):
+        if part and (found := NUMBER.findall(part)):
+            value = Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which])))
+            return format(value.normalize() + 0, "f")  # + 0 turns -0 into 0
+    return None
+
+
+def extract_text(text: str) -> str | None:
+    """What a text answers with, normalised: the line after the last "answer is", or the last line with anything in it."""
+    lines = [line for line in (statement(text) or text).split("\n") if line.strip()]
+    return normalise(lines[0 if statement(text) else -1]) if lines else None
+
+
+def normalise(text: str) -> str:
+    """Lower case, white space folded, no quotes, markup or punctuation around it."""
+    return " ".join(text.lower().split()).strip(string.punctuation.replace("-", "") + " ’‘“”")
+
+
+def extract_option(text: str, options: list[str]) -> str | None:
+    """The option a text answers with, or None where none or more than one is named.
+
+    After the last "answer is" (else in the last line): the whole answer equals an option's text; or it begins with an
+    option's letter or number ("B", "(B)", "B. salt water", "2)"); or exactly one option stands in it as whole words,
+    where an option inside a longer one that stands there too ("water" in "salt water") does not count.
+    """
+    answer = extract_text(text) or ""
+    texts = [normalise(option) for option in options]
+    if answer in texts:
+        return options[texts.index(answer)]
+    label = re.match(r"\W*(?:option\s+)?([a-j1-9])(?:\W*$|[).:,]|\s*[-–]\s)", answer)
+    if label:
+        index = "abcdefghij".find(label[1]) if label[1].isalpha() else int(label[1]) - 1
+        return options[index] if index < len(options) else None
+    named = [t for t in texts if re.search(rf"(?<!\w){re.escape(t)}(?!\w)", answer)]
+    named = [t for t in named if not any(t != other and t in other for other in named)]
+    return options[texts.index(named[0])] if len(named) == 1 else None
+
+
+def extract_json(text: str) -> str | None:
+    """The JSON value a text answers with, in canonical form (sorted keys), or None: after the last "answer is" or
+    anywhere, the first object or array that parses."""
+    part = statement(text) or text
+    for match in re.finditer(r"[\[{]", part):
+        try:
+            return json.dumps(json.JSONDecoder().raw_decode(part[match.start():])[0], sort_keys=True)
+        except ValueError:
+            continue
+    return None
+
+
+def extract_math(text: str) -> str | None:
+    """The LaTeX a text answers with: the last \\boxed{}, else what follows the last "answer is"."""
+    answer = last_boxed(text) or extract_text(text)
+    return answer.strip().strip("$.") if answer else None
+
+
+def math_equal(prediction: str, truth: str) -> bool:
+    """Equality of two LaTeX answers by the math-verify library, the optional extra that MATH is graded with."""
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError("grader math needs the package math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+    return prediction == truth or math_verify.verify(math_verify.parse(f"${truth}$"), math_verify.parse(f"${prediction}$"))
+
+
+GRADERS = ("number", "text", "json", "option", "math")
+
+
+def default_grader(name: str, rows: list[dict]) -> str:
+    """The dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one is an object
+    or array, else text."""
+    truths = [row["groundtruth"] for row in rows]
+    if DATASETS[name][1]:
+        return DATASETS[name][1]
+    if all(re.fullmatch(r"[-−]?[\d,]*\.?\d+", truth.strip()) for truth in truths):
+        return "number"
+    return "json" if all(truth.strip()[:1] in ("{", "[") and extract_json(truth) for truth in truths) else "text"
+
+
+def grade(grader: str, text: str, row: dict) -> tuple[str | None, bool]:
+    """(prediction, correct) of a model's whole output. Predictions are normalised, so that equal answers vote together."""
+    truth = row["groundtruth"]
+    if grader == "number":
+        prediction = extract_number(text)
+        return prediction, prediction is not None and prediction == extract_number(truth)
+    if grader == "option":
+        prediction = extract_option(text, row["options"])
+        return prediction, prediction == truth
+    if grader == "json":
+        prediction = extract_json(text)
+        return prediction, prediction is not None and prediction == extract_json(truth)
+    if grader == "math":
+        prediction = extract_math(text)
+        return prediction, prediction is not None and math_equal(prediction, truth)
+    prediction = extract_text(text)
+    return prediction, prediction == normalise(truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published prompts, quoted
+# ---------------------------------------------------------------------------------------------------------------------
+ARC_COT = """Question: {question}
+Options: {options}
+Let's think step by step first then print your answer like 'The answer is (one of the options)'."""
+
+ARC_DIRECT = """The output MUST strictly follow the structure and format described below:
+1. The answer should be strictly one of the options given in the question
+2. Do not include any text after you choose an option.
+
+**Example:**
+Question: (question here)
+Options: [option1, option2, option3]
+The answer is: (one of the options).
+
+Question: {question}
+Options: {options}"""

@@ -1,0 +1,589 @@
+"""LaTRO (Latent Reasoning Optimization, arXiv 2411.04282) in plain PyTorch: rollouts → rewards → advantages → loss → update.
+
+    python latro.py                                               the embedded default, offline, on a laptop
+    torchrun --nproc_per_node 8 latro.py --config gsm8k.yaml      the paper's run on 8 GPUs
+    python latro.py --model_name_or_path M --dataset_name jsonl --dataset_path my.jsonl     your own rows
+    python latro.py --help                                        every key
+
+A model π samples K rationales z for a question x and is its own reward model: r_k = log π(y|x⊕z_k) − β·[log π(z_k|x) −
+log π_0(z_k|x)], y the gold answer. With the leave-one-out advantage A_k the gradient (Eq. 4) is the mean over rollouts of
+
+    A_k · ∇ log π(z_k|x)  +  ∇ log π(y|x⊕z_k)
+
+Differences from the paper: an epoch is every prompt once (the released code counts rollouts), and the penalty of an
+unfinished rationale is taken from its own reward. From the released code: both terms are trained, stopping is an action
+with a probability, and z is scored as the ids that were sampled, at the temperature that it was sampled at.
+"""
+import copy
+import dataclasses
+import functools
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import time
+
+import torch
+import torch.distributed as dist
+import transformers
+import yaml
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+from data import (DATASETS, GRADERS, Example, UserError, answer_ids, decoder, default_grader, embedded_model, load_rows,
+                  make_examples)
+from evaluate import (Scorer, Settings, context_left, evaluate, generate, init_distributed, judge, key, load_model, parse, rank,
+                      resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows, world_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Config:
+    # what
+    model_name_or_path: str = key("runs/cups-base/final", "folder or hub id of the starting point; the default is made where missing")
+    dataset_name: str = key("cups", f"one of {', '.join(DATASETS)}")
+    dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
+    grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
+    sanity_check: bool = key(False, "a handful of rows of every split, to see it run")
+    objective: str = key("latro", "latro, or sft: the gold rationale and answer, no sampling", ("latro", "sft"))
+    # how long
+    num_train_epochs: float = key(1.0, "passes over the training prompts, each prompt once per pass")
+    max_steps: int | None = key(None, "end after so many updates, whatever num_train_epochs says")
+    num_evaluations: int = key(4, "evaluations on validation rows after the one of the untrained model; the best model is kept")
+    num_samples: int = key(0, "samples per question in the closing evaluation (maj@k); 0: greedy only")
+    # how many at once; prompts per step and rank = per_device_train_batch_size * gradient_accumulation_steps / rloo_k
+    per_device_train_batch_size: int = key(4, "sequences in a pass with gradient")
+    gradient_accumulation_steps: int = key(8, "passes with gradient per update")
+    rollout_batch_size: int = key(64, "rollouts sampled together, in whole prompts (at least rloo_k)")
+    per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
+    gradient_checkpointing: bool = key(False, "keep layer inputs only and compute activations again in the backward pass")
+    # rationales
+    rloo_k: int = key(4, "K, rationales per prompt")
+    response_length: int = key(500, "L, tokens of a rationale at most")
+    temperature: float = key(1.0, "that rationales are sampled and scored at")
+    stop_token: str = key("eos", "besides the end of the turn: eos, pad or both", ("eos", "pad", "both"))
+    stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale, wherever the tokenizer splits them")
+    # objective
+    reward: str = key("logprob", "of the answer: logprob (the paper), mean_logprob (per token) or prob (VeriFree)",
+                      ("logprob", "mean_logprob", "prob"))
+    kl_coef: float = key(0.05, "β, the weight of the KL to the starting point; 0 loads no reference model")
+    sft_penalty: float = key(1.0, "the weight of Eq. 4's second term, the gradient of the reward itself")
+    non_stop_penalty: bool = key(True, "penalise rationales that do not end within response_length")
+    penalty_reward_value: float = key(2.0, "γ of that penalty: φ ← φ − (γ−1)·|φ|")
+    # optimiser
+    learning_rate: float = key(5e-7, "of AdamW, decaying linearly to 0")
+    max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0: off")
+    # machine
+    dtype: str = key("auto", "of the arithmetic (master weights are float32); auto: bfloat16 on a GPU, float32 on a CPU",
+                     ("auto", "float32", "bfloat16"))
+    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else sdpa")
+    trust_remote_code: bool = key(False, "run the model repository's own Python code")
+    output_dir: str = key("runs", "where run directories are made")
+    run_name: str | None = key(None, "name of the run directory; default: unique")
+    seed: int = key(0, "of data order and sampling")
+
+    def __post_init__(self):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "response_length",
+                     "per_device_eval_batch_size", "num_evaluations", "num_train_epochs", "learning_rate", "rloo_k"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        for name in ("kl_coef", "sft_penalty", "max_grad_norm", "num_samples"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name}: {getattr(self, name)} is negative or not finite")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(f"max_steps: {self.max_steps} is not above 0")
+        if self.penalty_reward_value < 1:
+            raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1 and would be a bonus")
+        if self.objective == "latro":
+            if not self.temperature > 0:
+                raise UserError(f"temperature: {self.temperature}; training samples, so it must be above 0")
+            if self.rloo_k < 2:
+                raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more, or objective sft")
+            if self.sequences % self.rloo_k:
+                raise UserError(f"per_device_train_batch_size * gradient_accumulation_steps = {self.sequences} is not a multiple "
+                                f"of rloo_k = {self.rloo_k}; a step takes whole groups of rloo_k rationales")
+
+    @property
+    def sequences(self) -> int:  # per step and rank
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts(self) -> int:  # per step and rank
+        return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
+
+
+def find_config(name: str) -> str:
+    """A YAML file as given, or the one of that name in configs/ beside this file."""
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", name)
+    return name if os.path.exists(name) or not os.path.exists(shipped) else shipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards, advantages, loss: plain functions of tensors, made to be copied
+# ---------------------------------------------------------------------------------------------------------------------
+def answer_reward(logprob: torch.Tensor, length: torch.Tensor, kind: str = "logprob") -> torch.Tensor:
+    """φ of log π(y|x⊕z) (natural log, summed over y's `length` tokens): itself (Eq. 3), per token, or the probability
+    (VeriFree, arXiv 2505.21493). Differentiable; all shapes (B,)."""
+    return {"logprob": logprob, "mean_logprob": logprob / length, "prob": logprob.exp()}[kind]
+
+
+def rollout_rewards(phi: torch.Tensor, kl: torch.Tensor, finished: torch.Tensor, kl_coef: float, gamma: float) -> torch.Tensor:
+    """r_k = φ_k − β·[log π(z_k|x) − log π_0(z_k|x)], all (B,). An unfinished rationale's φ is lowered by (γ−1)·|φ| first:
+    its own φ alone, so that neither its baseline nor another prompt's reward moves."""
+    return torch.where(finished, phi, phi - (gamma - 1) * phi.abs()) - kl_coef * kl
+
+
+def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """A_k = r_k − mean of the other K−1 rewards of the same prompt; rewards and result (B, K), K ≥ 2."""
+    k = rewards.shape[1]
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
+
+
+def latro_loss(rationale_logprobs: torch.Tensor, answer_rewards: torch.Tensor, advantages: torch.Tensor,
+               sft_penalty: float, rollouts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms whose sum's gradient is minus Eq. 4: REINFORCE on z, and the gradient of the reward itself.
+
+    All (B,), a part of the step's `rollouts`: losses of parts add up. No gradient flows through `advantages`.
+    """
+    policy_loss = -(advantages.detach() * rationale_logprobs).sum() / rollouts
+    return policy_loss, -sft_penalty * answer_rewards.sum() / rollouts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Rollout:
+    """One sequence x⊕z⊕y. `actions` are the sampled tokens whose log π makes log π(z|x): z and the stop that ended it."""
+    example: Example
+    rationale: list[int]
+    actions: list[int]
+    answer: list[int]
+    finished: bool = True
+    stop_in_answer: bool = True  # the sampled stop is what y begins with, or is one token
+    rationale_logprob: float = 0.0
+    answer_logprob: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.example.prompt + self.rationale + self.answer
+
+
+def sample_rollouts(model, tokenizer, examples: list[Example], config: Config, keys: list[str]) -> list[Rollout]:
+    """rloo_k rollouts per example, sampled by the plain model; y is scored on the sampler's cache."""
+    decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, config.stop_token)
+    k, rollouts = config.rloo_k, []
+    room = max(len(ids) for example in examples for ids in example.answers)
+    width = max(1, config.rollout_batch_size // k)  # prompts
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # prompts of like length share a batch
+    for begin in range(0, len(order), width):
+        batch, drafts = [examples[i] for i in order[begin:begin + width]], {}
+
+        def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
+            n, m, finished = truncate(ids, stop_ids, config.stop_seqs, decode)
+            answer = answer_ids(batch[row // k], ids[:n], decode)
+            # One pass over x⊕z⊕y scores the stop too where y begins with it; a stop of one token needs z's last logits only.
+            stop_in_answer = m - n <= 1 or answer[:m - n] == ids[n:m]
+            actions = ids[:m] if stop_in_answer else ids[:n + 1]
+            drafts[row] = Rollout(batch[row // k], ids[:n], actions, answer, finished, stop_in_answer)
+            return n, answer
+
+        uniforms = uniform_rows([f"{keys[i]}/{j}" for i in order[begin:begin + width] for j in range(k)], config.response_length)
+        sampled = generate(model, [example.prompt for example in batch], config.response_length, num_samples=k,
+                           temperature=config.temperature, uniforms=uniforms, stop_ids=stop_ids, stop_seqs=config.stop_seqs,
+                           decode=decode, continuations=continuation, room=room)
+        for row, (_, logprobs, answer_logprobs) in enumerate(sampled):
+            drafts[row].rationale_logprob = sum(logprobs[:len(drafts[row].actions)])
+            drafts[row].answer_logprob = sum(answer_logprobs)
+            rollouts.append(drafts[row])
+    groups = {i: rollouts[at * k:at * k + k] for at, i in enumerate(order)}
+    return [rollout for i in range(len(examples)) for rollout in groups[i]]
+
+
+def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
+    """SFT's sequences: z the gold rationale, empty where the dataset has none."""
+    decode = decoder(tokenizer)
+    return [Rollout(e, e.rationale, e.rationale, answer_ids(e, e.rationale, decode)) for e in examples]
+
+
+def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device, answers: bool = True) -> tuple[torch.Tensor, int]:
+    """((B, 2): log π(z|x) at `temperature` and log π(y|x⊕z) at 1, positions pushed through the model, padding included).
+
+    One forward pass: causality gives the stop, z and y from the same x⊕z⊕y. answers=False leaves y out (the reference).
+    """
+    sequences = [r.ids if answers else (r.ids[:len(r.example.prompt) + len(r.actions)]) for r in rollouts]
+    ids = torch.zeros(len(rollouts), max(map(len, sequences)), dtype=torch.long)  # (B, T)
+    rows, columns, targets, kinds = [], [], [], []
+    for i, (rollout, sequence) in enumerate(zip(rollouts, sequences)):
+        ids[i, :len(sequence)] = torch.tensor(sequence)
+        start = len(rollout.example.prompt)
+        for kind, (begin, tokens) in enumerate([(start, rollout.actions),
+                                                (start + len(rollout.rationale), rollout.answer if answers else [])]):
+            rows += [i] * len(tokens)
+            columns += range(begin, begin + len(tokens))
+            targets += tokens
+            kinds += [kind] * len(tokens)
+    rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
+    temperatures = torch.where(kinds == 0, temperature, 1.0)
+    logprobs = scorer(ids.to(device), rows, columns, targets, temperatures)  # (N,)
+    sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
+    return sums.view(-1, 2), ids.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+# ---------------------------------------------------------------------------------------------------------------------
+def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Example], keys: list[str], config: Config,
+           device) -> tuple[list[Rollout], dict[str, torch.Tensor], dict[str, float]]:
+    """One step on this rank's examples: sample → score → advantage → loss → update.
+
+    Returns the rollouts, K of a prompt in a row, their figures (each (B*K,) float64) and sums for reduce_metrics.
+    """
+    latro, clock, positions = config.objective == "latro", [time.perf_counter()], 0
+    temperature, weight = (config.temperature, config.sft_penalty) if latro else (1.0, 1.0)
+
+    # sample: the plain model's rationales; SFT takes the gold ones
+    rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys) if latro else gold_rollouts(tokenizer, examples)
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].ids), reverse=True)  # like lengths: little padding
+    batches = [order[i:i + config.per_device_train_batch_size] for i in range(0, len(order), config.per_device_train_batch_size)]
+    figures = {name: torch.tensor([getattr(r, name) for r in rollouts], dtype=torch.float64)
+               for name in ("rationale_logprob", "answer_logprob", "finished", "stop_in_answer")}
+    lengths = torch.tensor([len(r.answer) for r in rollouts], dtype=torch.float64)
+    clock.append(time.perf_counter())
+
+    # score: the sampler gave log π(z|x) and log π(y|x⊕z); one pass of the frozen start gives log π_0(z|x)
+    ref_logprobs = figures["rationale_logprob"].clone()
+    for batch in batches if reference is not None else ():
+        with torch.no_grad():
+            sums, count = score(reference, [rollouts[i] for i in batch], temperature, device, answers=False)
+        ref_logprobs[batch] = sums[:, 0].double().cpu()
+        positions += count
+    clock.append(time.perf_counter())
+
+    # advantage: SFT is the same loss with advantage 1 on the gold rationale
+    kl, advantages = figures["rationale_logprob"] - ref_logprobs, torch.ones(len(rollouts), dtype=torch.float64)
+    if latro:
+        phi = answer_reward(figures["answer_logprob"], lengths, config.reward)
+        gamma = config.penalty_reward_value if config.non_stop_penalty else 1.0
+        rewards = rollout_rewards(phi, kl, figures["finished"].bool(), config.kl_coef, gamma)
+        advantages = rloo_advantages(rewards.view(-1, config.rloo_k)).flatten()
+
+    # loss: one pass with gradient over x⊕z⊕y
+    losses = torch.zeros(2, device=device)
+    for batch in batches:
+        logprobs, count = score(policy, [rollouts[i] for i in batch], temperature, device)  # (b, 2)
+        phi = answer_reward(logprobs[:, 1], lengths[batch].to(logprobs), config.reward if latro else "logprob")
+        parts = latro_loss(logprobs[:, 0], phi, advantages[batch].to(logprobs), weight, len(rollouts))
+        sum(parts).backward()  # FSDP averages over the ranks, which all have as many rollouts
+        losses += torch.stack(parts).detach()
+        positions += count
+        if not latro:
+            figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = logprobs.detach().double().cpu().unbind(1)
+
+    # update
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")).full_tensor()
+    optimizer.step()
+    optimizer.zero_grad()
+    refresh(sampler, policy)
+    clock.append(time.perf_counter())
+
+    figures |= {"ref_rationale_logprob": ref_logprobs if latro else figures["rationale_logprob"], "kl": kl, "advantage": advantages,
+                "reward": rewards if latro else figures["answer_logprob"],
+                "rationale_length": torch.tensor([len(r.rationale) for r in rollouts], dtype=torch.float64)}
+    tokens = sum(len(r.ids) for r in rollouts)
+    sums = {name: figures[name].sum().item() for name in LOGGED} | {"rollouts": len(rollouts), "tokens": tokens,
+            "positions": positions, "needed": tokens * (1 + (reference is not None))}
+    per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "generate_s", "score_s", "train_s"),
+                        (*losses.tolist(), norm.item(), *(b - a for a, b in zip(clock, clock[1:])))))
+    return rollouts, figures, sums | {name: value * len(rollouts) for name, value in per_step.items()}
+
+
+LOGGED = ("reward", "answer_logprob", "kl", "finished", "stop_in_answer", "rationale_length")
+
+
+def reduce_metrics(sums: dict[str, float], device) -> dict[str, float]:
+    """Sums over this rank's rollouts → means over all ranks' rollouts."""
+    total = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    total = dict(zip(sums, total.tolist()))
+    positions, needed, tokens, n = (total.pop(name) for name in ("positions", "needed", "tokens", "rollouts"))
+    means = {name: value / n for name, value in total.items()}
+    seconds = means["generate_s"] + means["score_s"] + means["train_s"]
+    return means | {"step_s": seconds, "tokens_per_s": tokens / seconds, "work_ratio": positions / needed}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding and files
+# ---------------------------------------------------------------------------------------------------------------------
+def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bool = False) -> Scorer:
+    """FSDP2: one group per decoder layer, the rest with the root; float32 weights, arithmetic in `dtype`."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()  # transformers checkpoints in training mode only; dropout stays off, as it is while sampling
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+    scorer = Scorer(model)
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)}
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, **options)
+    return fully_shard(scorer, **options)
+
+
+def plain_copy(model: nn.Module, dtype: torch.dtype, device) -> nn.Module:
+    """A copy of the model on `device`, its parameters in `dtype`; buffers (rotary tables) keep theirs."""
+    model = copy.deepcopy(model).to(device).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def refresh(sampler: nn.Module, policy: Scorer) -> None:
+    """Bring the sampler's plain weights up to date with the sharded ones, in place, one parameter at a time. With one
+    process and one dtype they are the policy's own weights, and there is nothing to copy."""
+    for plain, sharded in zip(sampler.parameters(), policy.model.parameters(), strict=True):
+        if world_size() == 1 and plain.dtype == sharded.dtype:
+            plain.data = sharded.to_local()
+        else:
+            plain.copy_(sharded.to(plain.dtype).full_tensor())
+
+
+def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:
+    """Write the trained weights in the base model's dtype as a Hugging Face folder; whole, or not at all."""
+    weights = {}
+    for name, parameter in policy.model.named_parameters():
+        weight = parameter.detach().full_tensor()  # collective: every rank takes part
+        if rank() == 0:
+            weights[name] = weight.to("cpu", dtype, copy=True)
+    if rank() == 0:
+        partial = folder + ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        sampler.config.dtype = dtype
+        sampler.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    dist.barrier()
+
+
+def write_config(path: str, config: Config) -> None:
+    """Every key as used; as comments, what ran it. The file can be given back to --config."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, "
+                   f"{world_size()} ranks, commit {commit or 'unknown'}\n")
+        yaml.safe_dump(dataclasses.asdict(config), file, sort_keys=False, allow_unicode=True)
+
+
+def append(path: str, rows: list[dict]) -> None:
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Tensor], decode) -> list[dict]:
+    names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage", "finished")
+    return [{"step": step, "query": decode(r.example.prompt), "rationale": decode(r.rationale), "response": decode(r.answer),
+             "ids": r.ids, "z_start": len(r.example.prompt), "y_start": len(r.example.prompt) + len(r.rationale),
+             "actions": r.actions} | {name: figures[name][i].item() for name in names} for i, r in enumerate(rollouts)]
+
+
+def draw_curves(directory: str) -> None:
+    """curves.png from metrics.jsonl: reward, accuracy, rationale length and KL against the step."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("curves.png needs the package matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    steps = [row for row in rows if "reward" in row]
+    evaluations = [row for row in rows if row.get("split") == "validation"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
+    panels = [("reward", "reward per rollout"), ("accuracy", "greedy accuracy, validation"),
+              ("rationale_length", "rationale length, tokens"), ("kl", "KL to the starting point, nats")]
+    for axis, (name, title) in zip(axes.flat, panels):
+        if name in ("reward", "rationale_length", "kl"):
+            axis.plot([row["step"] for row in steps], [row[name] for row in steps], linewidth=1, label="rollouts")
+        if name in ("accuracy", "rationale_length"):
+            axis.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-", color="tab:orange",
+                      markersize=4, label="greedy, validation")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0, 1].set_ylim(-0.02, 1.02)
+    axes[1, 0].legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(os.path.basename(directory), fontsize=10)
+    figure.savefig(os.path.join(directory, "curves.png"), dpi=130)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/epoch/{epoch}").shuffle(order)
+    return order
+
+
+def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
+    """The next n of `count` prompts after `consumed` ones: epoch after epoch, each prompt once per epoch."""
+    return [epoch_order(seed, i // count, count)[i % count] for i in range(consumed, consumed + n)]
+
+
+def train(config: Config, directory: str, model, tokenizer, device) -> None:
+    """Train `model` (on the CPU, in its own dtype) and fill the run directory."""
+    limits = {"train": 16, "validation": 4} if config.sanity_check else {}
+    rows = {split: load_rows(config.dataset_name, split, config.dataset_path)[:limits.get(split)]
+            for split in ("train", "validation")}
+    examples = {split: make_examples(tokenizer, rows[split], context_left(model, config.response_length)) for split in rows}
+    grader = config.grader or default_grader(config.dataset_name, rows["train"])
+    dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
+    mesh = init_device_mesh(device.type, (world_size(),))
+
+    sampler, reference = plain_copy(model, compute, device), None
+    if config.objective == "latro" and config.kl_coef > 0:
+        reference = shard(plain_copy(model, compute, device), compute, mesh).requires_grad_(False)
+    policy = shard(plain_copy(model, torch.float32, device), compute, mesh, config.gradient_checkpointing)
+    refresh(sampler, policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+
+    count, per_step = len(examples["train"]), config.prompts * world_size()
+    total_steps = config.max_steps or -(-int(config.num_train_epochs * count) // per_step)
+    evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
+    metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
+    best = None
+    log = start_wandb(config, directory)
+    bar = tqdm(total=total_steps, desc=config.objective, unit="step", disable=rank() > 0)
+
+    def evaluate_now(step: int) -> tuple[float, float]:
+        result = evaluate(sampler, tokenizer, examples["validation"], grader, response_length=config.response_length,
+                          stop_token=config.stop_token, stop_seqs=config.stop_seqs, seed=config.seed,
+                          batch_size=config.per_device_eval_batch_size, title=f"validation, step {step}")
+        row = {"step": step, "split": "validation"} | {name: result[name] for name in (
+            "n", "accuracy", "answer_logprob", "rationale_length", "finished")}
+        append(metrics_path, [row])
+        log(row)
+        if rank() == 0:
+            tqdm.write(f"step {step:>4}: validation accuracy {row['accuracy']:6.1%}, log π(y|x⊕z) {row['answer_logprob']:.3f}, "
+                       f"rationale length {row['rationale_length']:.1f}")
+            draw_curves(directory)
+        return result["accuracy"], result["answer_logprob"]
+
+    evaluate_now(0)
+    for step in range(1, total_steps + 1):
+        learning_rate = config.learning_rate * (1 - (step - 1) / total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        first = (step - 1) * per_step + rank() * config.prompts
+        chosen = [examples["train"][i] for i in prompt_indices(config.seed, first, config.prompts, count)]
+        keys = [f"{config.seed}/train/{first + i}" for i in range(config.prompts)]
+        rollouts, figures, sums = update(policy, reference, sampler, optimizer, tokenizer, chosen, keys, config, device)
+        row = {"step": step, "epoch": step * per_step / count} | reduce_metrics(sums, device) | {"lr": learning_rate}
+        append(metrics_path, [row])
+        append(samples_path, sample_rows(step, rollouts[:None if step == 1 else config.rloo_k], figures, decoder(tokenizer)))
+        log(row)
+        bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, length {row['rationale_length']:.1f}", refresh=False)
+        bar.update()
+        if step in evaluate_at:
+            score_now = evaluate_now(step)
+            if best is None or score_now > best:
+                best = score_now
+                export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
+    bar.close()
+    export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
+
+
+def start_wandb(config: Config, directory: str):
+    """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to nowhere."""
+    if rank() > 0 or not os.environ.get("WANDB_PROJECT"):
+        return lambda row: None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("WANDB_PROJECT is set and the package wandb is missing: pip install wandb, or unset it") from None
+    run = wandb.init(name=os.path.basename(directory), dir=directory, config=dataclasses.asdict(config))
+    return lambda row: run.log({k: v for k, v in row.items() if k not in ("step", "split")}, step=row["step"])
+
+
+def make_directory(config: Config) -> str:
+    """The run directory, made anew; rank 0 decides its name. A directory that holds a run is refused."""
+    choice: list = [None]
+    if rank() == 0:
+        name = config.run_name or f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory, number = os.path.join(config.output_dir, name), 1
+        while config.run_name is None and os.path.exists(directory):
+            directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
+        try:
+            if os.path.exists(os.path.join(directory, "config.yaml")):
+                raise UserError(f"{directory}: holds a run already; give another run_name, or delete it")
+            os.makedirs(directory, exist_ok=True)
+            choice = [directory]
+        except OSError as error:
+            choice = [UserError(f"output_dir {config.output_dir}: {error.strerror}")]
+        except UserError as error:
+            choice = [error]
+    dist.broadcast_object_list(choice)
+    if isinstance(choice[0], UserError):
+        raise choice[0]
+    return choice[0]
+
+
+def make_embedded_base(folder: str, device) -> None:
+    """Train the base model of the embedded default by the project's own SFT; whole, or not at all."""
+    run = os.path.dirname(folder)
+    partial = run + ".partial"
+    if rank() == 0:
+        print(f"making the base model {folder} (once)", flush=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+    config = Config(dataset_name="cups_base", objective="sft", per_device_train_batch_size=64 // world_size(),
+                    gradient_accumulation_steps=1, learning_rate=2e-3, max_steps=400, num_evaluations=1, response_length=24,
+                    per_device_eval_batch_size=256, output_dir=os.path.dirname(run), run_name=os.path.basename(run),
+                    model_name_or_path="embedded")
+    torch.manual_seed(0)
+    model, tokenizer = embedded_model()
+    dist.barrier()
+    if rank() == 0:
+        write_config(os.path.join(partial, "config.yaml"), config)
+    train(config, partial, model, tokenizer, device)
+    if rank() == 0:
+        os.rename(partial, run)
+    dist.barrier()
+
+
+def main(argv: list[str]) -> None:
+    named = {argument.split("=")[0] for argument in argv}
+    if not named & {"--config", "--model_name_or_path", "--dataset_name"}:
+        argv = ["--config", "tiny.yaml", *argv]
+    config = parse(Config, argv, __doc__, find_config)
+    device = init_distributed()
+    base = os.path.normpath(config.model_name_or_path)
+    if base.endswith(os.path.join("cups-base", "final")) and not os.path.exists(base):
+        make_embedded_base(base, device)
+    model, tokenizer = load_model(config.model_name_or_path, "auto", "cpu", config.attn_implementation, config.trust_remote_code)
+    directory = make_directory(config)
+    config.run_name = os.path.basename(directory)
+    if rank() == 0:
+        write_config(os.path.join(directory, "config.yaml"), config)
+    train(config, directory, model, tokenizer, device)
+    single_file = config.dataset_name == "jsonl" and os.path.isfile(config.dataset_path)  # then there is no test split
+    judge(Settings(split="validation" if single_file else "test"), directory)
+
+
+if __name__ == "__main__":
+    run_script(main)
