@@ -9,8 +9,8 @@ A dataset is one function that returns rows and one entry in DATASETS. A row is 
     rationales   optional: a gold rationale, used by `objective: sft` alone
     options      optional: the texts of a multiple-choice question
 
-Differences from the code released with the paper: templated prompts get no second BOS, the end-of-turn token is read off
-the template and is always part of y, and validation rows come from the training split, never from the test split.
+Differences from the code released with the paper: templated prompts get no second BOS, the end-of-turn token is read
+off the template and is always part of y, and validation rows come from the training split, never from the test split.
 """
 import json
 import os
@@ -63,7 +63,7 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
     import datasets  # imported here: half a second that the embedded default does not need
     try:
         return [row for name in names for row in datasets.load_dataset(path or hub_id, name, split=split)]
-    except Exception as error:  # the library raises dozens of types: no network, no such split, no access, a broken file
+    except Exception as error:  # dozens of types: no network, no such split, no access, a broken file
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"dataset {path or hub_id}, split {split}: cannot be loaded ({reason}); "
                         "check the name and the network, or point dataset_path at a local copy") from None
@@ -112,9 +112,9 @@ def _cups(count: int, seed: str) -> list[dict]:
 def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
     """GSM8K (Cobbe et al. 2021) with the paper's prompt (Appendix B, Figure 5); few_shot puts the first of the eight
     worked examples of Wei et al. (2022, Table 20) in front of the question instead."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
+    here, rows = os.path.dirname(os.path.abspath(__file__)), []
+    with open(os.path.join(here, "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
         shots = file.read().strip().split("\n\n")
-    rows = []
     for raw in raw_rows("openai/gsm8k", split, path, ("main",)):
         rationale, _, answer = column(raw, "answer", path).partition("####")
         question, answer = column(raw, "question", path), answer.strip().replace(",", "")
@@ -198,7 +198,7 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
     """Rows of split "train", "validation", "test" or "all" of the dataset `name`.
 
     Validation is a tenth of the training rows, at most 500, drawn with a seed that never changes: a model is never
-    chosen on rows that it trained on, nor on the test split. A single JSONL file has no test split: "all" reads it whole.
+    chosen on rows that it trained on, nor on the test split. A single JSONL file has no test split: "all" is all of it.
     """
     if name not in DATASETS:
         raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
@@ -206,10 +206,11 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
         raise UserError(f"split {split}: unknown; choose train, validation, test or all")
     if few_shot and (name != "gsm8k" or few_shot not in range(9)):
         raise UserError(f"few_shot {few_shot}: gsm8k has 8 worked examples, the other datasets none")
-    rows = DATASETS[name][0](split if split == "test" else "train", path, **({"few_shot": few_shot} if few_shot else {}))
+    options = {"few_shot": few_shot} if few_shot else {}
+    rows = DATASETS[name][0]("test" if split == "test" else "train", path, **options)
     if split in ("train", "validation"):
         if len(rows) < 2:
-            raise UserError(f"dataset {name}: {len(rows)} training rows; one to train on and one to validate on are needed")
+            raise UserError(f"dataset {name}: {len(rows)} training rows; at least 2 are needed, one to validate on")
         order = list(range(len(rows)))
         random.Random("validation").shuffle(order)
         held_out = set(order[:max(1, min(500, len(rows) // 10))])
@@ -222,7 +223,7 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Example:
-    """One row, tokenised. `answers[w]` is sep⊕y for a rationale that ends in white space (w = 1) or does not (w = 0)."""
+    """One row, tokenised. `answers[w]` is sep⊕y after a rationale that ends in white space (w = 1) or not (w = 0)."""
     row: dict
     prompt: list[int]
     answers: tuple[list[int], list[int]]
@@ -230,7 +231,7 @@ class Example:
 
 
 def prompt_text(tokenizer, query: str | list[dict]) -> str:
-    """The text of x: a string as it is, messages through the chat template, or joined by newlines where there is none."""
+    """The text of x: a string as it is, messages through the chat template, or joined by newlines if there is none."""
     if isinstance(query, str):
         return query
     if tokenizer.chat_template:
@@ -239,7 +240,7 @@ def prompt_text(tokenizer, query: str | list[dict]) -> str:
 
 
 def end_of_turn_id(tokenizer) -> int:
-    """The token that ends the assistant's turn, read off the chat template: the first special token after the content."""
+    """The token that ends the assistant's turn, read off the chat template: the first special one after the content."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
@@ -275,8 +276,8 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
         prompt = prompt if templated or prompt[:1] == bos else bos + prompt
         longest = len(prompt) + max(len(spaced), len(bare)) + 1
         if context is not None and longest > context:
-            raise UserError(f"a prompt and its answer take {longest} tokens, and the model's context less response_length "
-                            f"leaves {context}; shorten it or response_length: {str(row['queries'])[:80]!r}…")
+            raise UserError(f"a prompt and its answer take {longest} tokens, and the model's context less "
+                            f"response_length leaves {context}; shorten either: {str(row['queries'])[:80]!r}…")
         examples.append(Example(row, prompt, (spaced + [end], bare + [end]), rationale))
     return examples
 
@@ -347,7 +348,7 @@ def extract_number(text: str) -> str | None:
 
 
 def extract_text(text: str) -> str | None:
-    """What a text answers with, normalised: the line after the last "answer is", or the last line with anything in it."""
+    """What a text answers with, normalised: the line after the last "answer is", or the last line that is not blank."""
     lines = [line for line in (statement(text) or text).split("\n") if line.strip()]
     return normalise(lines[0 if statement(text) else -1]) if lines else None
 
@@ -401,15 +402,16 @@ def math_equal(prediction: str, truth: str) -> bool:
         import math_verify
     except ImportError:
         raise UserError("grader math needs the package math-verify: pip install 'math-verify[antlr4_13_2]'") from None
-    return prediction == truth or math_verify.verify(math_verify.parse(f"${truth}$"), math_verify.parse(f"${prediction}$"))
+    gold, given = (math_verify.parse(f"${answer}$") for answer in (truth, prediction))
+    return prediction == truth or math_verify.verify(gold, given)
 
 
 GRADERS = ("number", "text", "json", "option", "math")
 
 
 def default_grader(name: str, rows: list[dict]) -> str:
-    """The dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one is an object
-    or array, else text."""
+    """The dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one is an
+    object or array, else text."""
     truths = [row["groundtruth"] for row in rows]
     if DATASETS[name][1]:
         return DATASETS[name][1]
@@ -419,7 +421,7 @@ def default_grader(name: str, rows: list[dict]) -> str:
 
 
 def grade(grader: str, text: str, row: dict) -> tuple[str | None, bool]:
-    """(prediction, correct) of a model's whole output. Predictions are normalised, so that equal answers vote together."""
+    """(prediction, correct) of a model's whole output. Predictions are normalised: equal answers vote together."""
     truth = row["groundtruth"]
     if grader == "number":
         prediction = extract_number(text)

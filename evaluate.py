@@ -54,7 +54,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     if attn_implementation == "auto":
         flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
         attn_implementation = "flash_attention_2" if flash else "sdpa"
-    if not os.path.isdir(path) and (os.path.exists(path) or path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):
+    looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
+    if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
         raise UserError(f"model {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -99,16 +100,16 @@ def generate(
 ) -> list[tuple[list[int], list[float], list[float]]]:
     """Sample `num_samples` continuations of each prompt, with a KV cache.
 
-    Each prompt is prefilled once and its cache expanded to num_samples rows; prompts may differ in length (left padding).
-    A row ends with a token of `stop_ids`, with the token that completes one of `stop_seqs` in the decoded text, or after
-    max_new_tokens; it then leaves the batch. Row i of the result belongs to prompt i // num_samples.
+    Each prompt is prefilled once and its cache expanded to num_samples rows; prompts may differ in length (they are
+    padded on the left). A row ends with a token of `stop_ids`, with the token that completes one of `stop_seqs` in the
+    decoded text, or after max_new_tokens; it then leaves the batch. Row i belongs to prompt i // num_samples.
 
-    model: a transformers causal LM. temperature 0 is greedy. uniforms: (rows, max_new_tokens) in [0, 1), the randomness:
-    row i's t-th token inverts the distribution's CDF at uniforms[i, t], so that a sample depends neither on its batch nor
-    on the other rows. continuations(i, ids) → (n, y): once all rows have ended, y (at most `room` tokens) is scored after
+    model: a transformers causal LM. temperature: 0 is greedy. uniforms: (rows, max_new_tokens) in [0, 1), all the
+    randomness: row i's t-th token inverts the CDF at uniforms[i, t], whatever else is in the batch.
+    continuations(i, ids) → (n, y): when all rows have ended, y (at most `room` tokens) is scored after
     prompt⊕ids[:n] on the live cache, which costs len(y) positions and no second pass over the prompt.
 
-    Returns per row (ids with the stop, log-probabilities of ids at `temperature` (greedy: at 1), those of y at 1).
+    Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
     device, rows = model.device, len(prompts) * num_samples
     width = max(map(len, prompts))
@@ -120,9 +121,10 @@ def generate(
         def update(self, keys, values, *args, **kwargs):  # (n, heads, new tokens, head size)
             if not self.is_initialized:  # the prefill: one row per prompt comes in, num_samples rows are kept
                 self.lazy_initialization(keys, values)
-                self.keys, self.values = (x.new_zeros(rows, x.shape[1], slab_length, x.shape[3]) for x in (keys, values))
-                for slab, x in ((self.keys, keys), (self.values, values)):
+                room_for = [x.new_zeros(rows, x.shape[1], slab_length, x.shape[3]) for x in (keys, values)]
+                for slab, x in zip(room_for, (keys, values)):
                     slab[:, :, :width] = x.repeat_interleave(num_samples, 0)
+                self.keys, self.values = room_for
                 return keys, values
             n, end = keys.shape[0], length + keys.shape[2]
             self.keys[:n, :, length:end], self.values[:n, :, length:end] = keys, values
@@ -149,7 +151,7 @@ def generate(
     out, logprobs = [[] for _ in range(rows)], [[] for _ in range(rows)]
     order = torch.arange(rows, device=device)  # slab row → row of the result; the first `live` are still going
     live = rows
-    window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop sequence can take, and a margin
+    window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
     for step in range(max_new_tokens):
         now = order[:live]
         scores = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (live, V)
@@ -186,7 +188,7 @@ def generate(
     if continuations is None:
         return [(out[i], logprobs[i], []) for i in range(rows)]
 
-    # Score y on the cache. The last token of prompt⊕ids[:n] is fed again, in front of y, for the logits of y's first token.
+    # Score y on the cache. The last token of prompt⊕ids[:n] is fed again before y, for the logits of y's first token.
     chosen = [continuations(row, out[row]) for row in range(rows)]
     extra = max(len(y) for _, y in chosen)
     fed = torch.zeros(rows, extra, dtype=torch.long)
@@ -212,10 +214,10 @@ def truncate(ids: list[int], stop_ids: typing.Collection[int], stop_seqs: typing
              decode: Callable[[list[int]], str]) -> tuple[int, int, bool]:
     """Where the rationale z ends in what was sampled: (n, m, finished).
 
-    z is ids[:n]; ids[n:m] is the stop, through the token that completes it; not finished: n = m = len(ids). A stop token
-    is cut before. A stop sequence is matched in the decoded text, the first to be complete counts, and every token that
-    contains any of its first visible character is cut: z keeps the white space in front of it. So x⊕z is always a prefix
-    of the sampled ids.
+    z is ids[:n]; ids[n:m] is the stop, through the token that completes it; not finished: n = m = len(ids). A stop
+    token is cut before. A stop sequence is matched in the decoded text, the first to be complete counts, and a token
+    that contains any of its first visible character is cut: z keeps the white space in front of it. So x⊕z is always
+    a prefix of the sampled ids.
     """
     length = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     text = decode(ids[:length])
@@ -233,8 +235,8 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
                    temperature: torch.Tensor | float = 1.0, chunk: int = 1024) -> torch.Tensor:
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
-    hidden (N, H), targets (N,), temperature a number or (N,); returns (N,), differentiable. The logits exist for `chunk`
-    positions at a time and are computed again in the backward pass, never (N, V) whole.
+    hidden (N, H), targets (N,), temperature a number or (N,); returns (N,), differentiable. The logits exist for
+    `chunk` positions at a time and are computed again in the backward pass: never (N, V) whole.
     """
     def some(hidden, targets, temperature):
         logits = head(hidden)  # (chunk, V)
@@ -247,7 +249,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
 
 
 class Scorer(nn.Module):
-    """A causal LM whose forward pass scores chosen tokens; the root module of FSDP, so that its hooks see one forward."""
+    """A causal LM whose forward pass scores chosen tokens: the root module of FSDP, whose hooks need one forward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -286,7 +288,7 @@ def uniform_rows(keys: typing.Iterable[str], length: int) -> torch.Tensor:
     for key in keys:
         generator = random.Random(key)
         rows.append([generator.random() for _ in range(length)])
-    return torch.tensor(rows, dtype=torch.float64).view(-1, length)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def interval95(rate: float, n: int) -> list[float]:
@@ -297,8 +299,8 @@ def interval95(rate: float, n: int) -> list[float]:
 
 
 def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, *, response_length: int,
-             num_samples: int = 0, temperature: float = 1.0, stop_token: str = "eos", stop_seqs: typing.Sequence[str] = (),
-             batch_size: int = 64, seed: int = 0, title: str = "evaluate") -> dict:
+             num_samples: int = 0, temperature: float = 1.0, stop_token: str = "eos",
+             stop_seqs: typing.Sequence[str] = (), batch_size: int = 64, seed: int = 0, title: str = "") -> dict:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the gold answers.
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut by training's rule.
@@ -306,43 +308,42 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
     """
     decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, stop_token)
     room = max(len(ids) for example in examples for ids in example.answers)
-    mine = sorted(range(rank(), len(examples), world_size()), key=lambda i: len(examples[i].prompt))
-    rows: dict[int, dict] = {}
 
-    def answers_of(chunk: list[int], samples: int, length: int) -> list[list[dict]]:
-        """`samples` graded outputs (0: one, greedy) for each of the chunk's examples."""
+    def outputs(chunk: list[int], samples: int, length: int) -> list[list[dict]]:
+        """For each of the chunk's examples `samples` graded outputs (0: one, greedy) of at most `length` tokens."""
         k, cuts = max(1, samples), {}
 
         def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
-            cuts[row] = truncate(ids, stop_ids, stop_seqs, decode)
-            return cuts[row][0], answer_ids(examples[chunk[row // k]], ids[:cuts[row][0]], decode)
+            cuts[row] = n, _, _ = truncate(ids, stop_ids, stop_seqs, decode)
+            return n, answer_ids(examples[chunk[row // k]], ids[:n], decode)
 
         keys = [f"{seed}/evaluate/{i}/{j}" for i in chunk for j in range(samples)]
-        sampled = generate(model, [examples[i].prompt for i in chunk], length, num_samples=k,
-                           temperature=temperature if samples else 0.0, uniforms=uniform_rows(keys, length) if samples else None,
-                           stop_ids=stop_ids, continuations=continuation, room=room)
+        drawn = generate(model, [examples[i].prompt for i in chunk], length, num_samples=k, stop_ids=stop_ids,
+                         temperature=temperature if samples else 0.0, uniforms=uniform_rows(keys, length),
+                         continuations=continuation, room=room)
         graded = []
-        for row, (ids, _, answer_logprobs) in enumerate(sampled):
+        for row, (ids, _, answer_logprobs) in enumerate(drawn):
             output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
             prediction, correct = grade(grader, output, examples[chunk[row // k]].row)
-            graded.append({"output": output, "prediction": prediction, "correct": correct, "rationale_length": cuts[row][0],
-                           "finished": cuts[row][2], "answer_logprob": sum(answer_logprobs)})
+            graded.append({"output": output, "prediction": prediction, "correct": correct, "finished": cuts[row][2],
+                           "rationale_length": cuts[row][0], "answer_logprob": sum(answer_logprobs)})
         return [graded[i:i + k] for i in range(0, len(graded), k)]
 
+    mine = sorted(range(rank(), len(examples), world_size()), key=lambda i: len(examples[i].prompt))
     bar = tqdm(total=len(mine), desc=title, unit="question", disable=rank() > 0, leave=False)
-    width = max(1, batch_size // max(1, num_samples))
-    for begin in range(0, len(mine), batch_size):
-        chunk = mine[begin:begin + batch_size]
-        samples = []
-        for i in range(0, len(chunk) if num_samples else 0, width):
-            samples += answers_of(chunk[i:i + width], num_samples, response_length)
-        for j, (i, [greedy], [bare]) in enumerate(zip(chunk, answers_of(chunk, 0, response_length), answers_of(chunk, 0, 0))):
-            drawn = samples[j] if num_samples else []
-            votes = Counter(s["prediction"] for s in drawn if s["prediction"] is not None).most_common(1)
-            rows[i] = {"query": prompt_text(tokenizer, examples[i].row["queries"]), "groundtruth": examples[i].row["groundtruth"],
-                       **greedy, "answer_logprob": mean(s["answer_logprob"] for s in drawn or [greedy]),
-                       "answer_logprob_no_rationale": bare["answer_logprob"], "samples": drawn,
-                       "majority": any(s["correct"] for s in drawn if votes and s["prediction"] == votes[0][0])}
+    rows, width = {}, max(1, batch_size // max(1, num_samples))  # prompts at a time
+    for begin in range(0, len(mine), width):
+        chunk = mine[begin:begin + width]
+        greedy, bare = outputs(chunk, 0, response_length), outputs(chunk, 0, 0)
+        sampled = outputs(chunk, num_samples, response_length) if num_samples else [[]] * len(chunk)
+        for i, [row], [empty], samples in zip(chunk, greedy, bare, sampled):
+            votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
+            rows[i] = {"query": prompt_text(tokenizer, examples[i].row["queries"]),
+                       "groundtruth": examples[i].row["groundtruth"], **row,
+                       "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
+                       "answer_logprob_no_rationale": empty["answer_logprob"],
+                       "majority": any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0]),
+                       "samples": samples}
         bar.update(len(chunk))
     bar.close()
     if world_size() > 1:
@@ -352,14 +353,16 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
 
     ordered, n = [rows[i] for i in range(len(examples))], len(examples)
     result = {"n": n, "num_samples": num_samples, "accuracy": mean(r["correct"] for r in ordered)}
-    result["accuracy_ci95"] = interval95(result["accuracy"], n)
     if num_samples:
-        result["maj_at_k"] = mean(r.pop("majority") for r in ordered)
-        result["maj_at_k_ci95"] = interval95(result["maj_at_k"], n)
-    for name in ("answer_logprob", "answer_logprob_no_rationale", "finished", "rationale_length"):
+        result["maj_at_k"] = mean(r["majority"] for r in ordered)
+    for name in ("finished", "answer_logprob", "answer_logprob_no_rationale", "rationale_length"):
         result[name] = mean(r[name] for r in ordered)
-    result["finished_ci95"] = interval95(result["finished"], n)
+    for name in RATES & result.keys():
+        result[f"{name}_ci95"] = interval95(result[name], n)
     return result | {"rows": ordered}
+
+
+RATES = {"accuracy", "maj_at_k", "finished"}
 
 
 def mean(values: typing.Iterable[float]) -> float:
@@ -368,22 +371,16 @@ def mean(values: typing.Iterable[float]) -> float:
 
 
 def print_results(results: dict[str, dict], shown: int = 2) -> None:
-    """The table of one or more evaluations of the same rows, side by side, and a few answers of each."""
-    def rate(result: dict, name: str) -> str:
-        low, high = result[f"{name}_ci95"]
-        return f"{result[name]:6.1%} [{low:.1%}, {high:.1%}]"
-
+    """The table of evaluations of the same rows, side by side, and a few answers of each."""
     first = next(iter(results.values()))
-    k = first["num_samples"]
-    lines = [("greedy accuracy", lambda r: rate(r, "accuracy")), (f"maj@{k}", lambda r: rate(r, "maj_at_k")),
-             ("log π(y|x⊕z)", lambda r: f"{r['answer_logprob']:.3f}"),
-             ("log π(y|x), no rationale", lambda r: f"{r['answer_logprob_no_rationale']:.3f}"),
-             ("rationales finished", lambda r: rate(r, "finished")),
-             ("rationale length, tokens", lambda r: f"{r['rationale_length']:.1f}")]
+    labels = {"accuracy": "greedy accuracy", "maj_at_k": f"maj@{first['num_samples']}",
+              "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
+              "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
     print(f"\n{first['n']} questions, [95% interval]".ljust(32) + "".join(f"{name:>24}" for name in results))
-    for label, value in lines:
-        if k or not label.startswith("maj"):
-            print(f"  {label:<29}" + "".join(f"{value(result):>24}" for result in results.values()))
+    for name in (name for name in labels if name in first):
+        cells = [f"{r[name]:.1%} [{r[f'{name}_ci95'][0]:.1%}, {r[f'{name}_ci95'][1]:.1%}]" if name in RATES
+                 else f"{r[name]:.3f}" for r in results.values()]
+        print(f"  {labels[name]:<29}" + "".join(f"{cell:>24}" for cell in cells))
     for i in range(min(shown, first["n"])):
         print(f"\n  Q: {first['rows'][i]['query'].strip()}\n  gold: {first['rows'][i]['groundtruth']}")
         for name, result in results.items():
@@ -401,8 +398,8 @@ def key(default, help: str, choices: tuple | None = None):
     return dataclasses.field(**factory, metadata={"help": help, "choices": choices})
 
 
-def parse(cls: type, argv: list[str], doc: str, find_config: Callable[[str], str] | None = None):
-    """Settings of the dataclass `cls`: defaults < the YAML file of --config < the command line; --help lists every key.
+def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
+    """Settings of the dataclass `cls`: its defaults < `below`, from a YAML file < the command line; --help lists them.
 
     UserError names an unknown key and the nearest known one, or the key whose value has the wrong type.
     """
@@ -410,14 +407,14 @@ def parse(cls: type, argv: list[str], doc: str, find_config: Callable[[str], str
         def error(self, message):
             raise UserError(message.removeprefix("argument --"))
 
-    def converter(field):
-        optional, kind = type(None) in typing.get_args(field.type), (typing.get_args(field.type) or (field.type,))[0]
+    def converter(field: dataclasses.Field) -> Callable[[str], object]:
+        kind, *optional = typing.get_args(field.type) or (field.type,)
 
         def convert(text: str):
             if optional and text.lower() in ("none", "null"):
                 return None
             if kind is bool:
-                return {"true": True, "false": False}[text.lower()]
+                return ("false", "true").index(text.lower()) == 1
             return kind(text)
 
         convert.__name__ = {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
@@ -431,26 +428,18 @@ def parse(cls: type, argv: list[str], doc: str, find_config: Callable[[str], str
                             default=default, nargs="*" if isinstance(default, list) else None,
                             help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
     words = []
-    if find_config is not None:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
-        parser.add_argument("--config", metavar="", help="a YAML file of these keys, as given or in configs/")
-        path = first.parse_known_args(argv)[0].config
-        for name, value in read_yaml(find_config(path)).items() if path else ():
-            if not isinstance(value, list) and value != "":
-                value = [str(value)]
-            words += [f"--{name}", *map(str, value)]
+    for name, value in (below or {}).items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     for word in words + argv:
         name = word[2:].split("=")[0]
-        if word.startswith("--") and name not in (*fields, "config", "help"):
+        if word.startswith("--") and name not in (*fields, "help"):
             near = difflib.get_close_matches(name, fields, 1, 0.5)
             raise UserError(f"{name}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists all"))
-    settings = vars(parser.parse_args(words + argv))
-    settings.pop("config", None)
-    return cls(**settings)
+    return cls(**vars(parser.parse_args(words + argv)))
 
 
 def read_yaml(path: str) -> dict:
+    """The keys of a YAML file; UserError where it cannot be read or holds anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file) or {}
@@ -487,29 +476,25 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 @dataclasses.dataclass
-class Settings:
-    model: str | None = key(None, "folder or hub id; without it the newest run under runs/, its base beside its best")
-    dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}; default: the run's")
-    dataset_path: str | None = key(None, "a local folder or file in place of the hub; default: the run's")
-    grader: str | None = key(None, "how answers are compared; default: the run's, or the dataset's", GRADERS)
+class Settings:  # a trained model's run gives the defaults of the keys that it has too
+    model: str | None = key(None, "folder or hub id; default: the newest run under runs/, its base beside its best")
+    dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}")
+    dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
+    grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
     split: str | None = key(None, "train, validation, test or all; default: test, all of a single JSONL file")
     limit: int | None = key(None, "evaluate the first so many rows only")
     few_shot: int = key(0, "worked examples in the prompt, 0 to 8 (gsm8k)")
-    num_samples: int | None = key(None, "samples per question for maj@k; 0: greedy only; default: the run's, or 0")
-    response_length: int | None = key(None, "tokens generated at most; default: the run's, or 500")
-    temperature: float | None = key(None, "of the samples; default: the run's, or 1")
-    stop_token: str | None = key(None, "eos, pad or both; default: the run's, or eos", ("eos", "pad", "both"))
-    stop_seqs: list[str] | None = key(None, "strings that end a rationale; default: the run's, or 'The answer is'")
-    per_device_eval_batch_size: int | None = key(None, "rows decoded together on a rank; default: the run's, or 64")
-    dtype: str | None = key(None, "auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16", ("auto", "float32", "bfloat16"))
-    attn_implementation: str | None = key(None, "default: flash-attn where installed on a GPU, else sdpa")
+    num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z); 0: greedy only")
+    response_length: int = key(500, "tokens generated at most")
+    temperature: float = key(1.0, "of the samples")
+    stop_token: str = key("eos", "besides the end of the turn: eos, pad or both", ("eos", "pad", "both"))
+    stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale")
+    per_device_eval_batch_size: int = key(64, "rows decoded together on a rank")
+    dtype: str = key("auto", "auto: bfloat16 on a GPU, float32 on a CPU", ("auto", "float32", "bfloat16"))
+    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else sdpa")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of the samples")
     out: str | None = key(None, "JSON file of the result; default: evaluation-NAME.json in the run, or evaluation.json")
-
-
-DEFAULTS = {"num_samples": 0, "response_length": 500, "temperature": 1.0, "stop_token": "eos", "stop_seqs": ["The answer is"],
-            "per_device_eval_batch_size": 64, "dtype": "auto", "attn_implementation": "auto"}
 
 
 def newest_run() -> str:
@@ -520,40 +505,44 @@ def newest_run() -> str:
     return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "config.yaml")))
 
 
-def judge(settings: Settings, run: str | None = None) -> None:
-    """Evaluate settings.model, or the base beside the best model of `run`; write the JSON and print the table."""
-    if settings.model is None:
+def main(argv: list[str], run: str | None = None) -> None:
+    """Evaluate --model, or the base beside the best model of `run`; write the JSON of each and print the table."""
+    s, config = parse(Settings, argv, __doc__), {}
+    if s.model is not None:
+        parent = os.path.dirname(os.path.normpath(s.model))
+        run = parent if os.path.exists(os.path.join(parent, "config.yaml")) else None
+        models = {os.path.basename(os.path.normpath(s.model)): s.model}
+    else:
         run = run or newest_run()
-    elif os.path.exists(os.path.join(parent := os.path.dirname(os.path.normpath(settings.model)), "config.yaml")):
-        run = parent
-    config = read_yaml(os.path.join(run, "config.yaml")) if run else {}
-    name = settings.dataset_name or config.get("dataset_name")
-    if name is None:
+    if run is not None:
+        config = read_yaml(os.path.join(run, "config.yaml"))
+        other = s.dataset_name not in (None, config["dataset_name"])  # then the run's data is not meant
+        skipped = {"seed", *(["dataset_path", "grader"] if other else [])}
+        known = {field.name for field in dataclasses.fields(Settings)} - skipped
+        s = parse(Settings, argv, __doc__, {k: v for k, v in config.items() if k in known and v is not None})
+    if s.model is None:
+        models = {"base": config["model_name_or_path"], "best": os.path.join(run, "best")}
+    if s.dataset_name is None:
         raise UserError(f"dataset_name: which one? {', '.join(DATASETS)}")
-    asked = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    ran = config if name == config.get("dataset_name") else {k: v for k, v in config.items() if k not in ("dataset_path", "grader")}
-    options = DEFAULTS | {k: v for k, v in ran.items() if v is not None} | asked
-    path, length = options.get("dataset_path"), options["response_length"]
-    split = settings.split or ("all" if name == "jsonl" and path and os.path.isfile(path) else "test")
-    rows = load_rows(name, split, path, few_shot=settings.few_shot)[:4 if options.get("sanity_check") else settings.limit]
-    grader = options.get("grader") or default_grader(name, rows)
-    models = {"base": config["model_name_or_path"], "best": os.path.join(run, "best")} if settings.model is None else {
-        os.path.basename(os.path.normpath(settings.model)): settings.model}
-    device, results = init_distributed(), {}
+    single_file = s.dataset_name == "jsonl" and s.dataset_path is not None and os.path.isfile(s.dataset_path)
+    split = s.split or ("all" if single_file else "test")
+    rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)[:s.limit]
+    grader, device, results = s.grader or default_grader(s.dataset_name, rows), init_distributed(), {}
     for label, folder in models.items():
-        model, tokenizer = load_model(folder, resolve_dtype(options["dtype"], device), device, options["attn_implementation"],
-                                      settings.trust_remote_code)
-        results[label] = {"model": folder, "dataset": name, "split": split} | evaluate(
-            model, tokenizer, make_examples(tokenizer, rows, context_left(model, length)), grader, response_length=length,
-            num_samples=options["num_samples"], temperature=options["temperature"], stop_token=options["stop_token"],
-            stop_seqs=options["stop_seqs"], batch_size=options["per_device_eval_batch_size"], seed=settings.seed, title=label)
-        out = settings.out or (os.path.join(run, f"evaluation-{label}.json") if run else "evaluation.json")
-        if rank() == 0:
-            with open(out, "w", encoding="utf-8") as file:
-                json.dump(results[label], file, indent=1, ensure_ascii=False)
+        model, tokenizer = load_model(folder, resolve_dtype(s.dtype, device), device, s.attn_implementation,
+                                      s.trust_remote_code)
+        examples = make_examples(tokenizer, rows, context_left(model, s.response_length))
+        result = evaluate(model, tokenizer, examples, grader, response_length=s.response_length, title=label,
+                          num_samples=s.num_samples, temperature=s.temperature, stop_token=s.stop_token,
+                          stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed)
+        results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
         print_results(results)
-        print(f"every row: {out.replace(label, '{' + ','.join(models) + '}') if len(models) > 1 else out}")
+        for label, result in results.items():
+            out = s.out or (os.path.join(run, f"evaluation-{label}.json") if run else "evaluation.json")
+            with open(out, "w", encoding="utf-8") as file:
+                json.dump(result, file, indent=1, ensure_ascii=False)
+            print(f"{label}: every row in {out}")
 
 
 def context_left(model: nn.Module, response_length: int) -> int | None:
@@ -563,4 +552,4 @@ def context_left(model: nn.Module, response_length: int) -> int | None:
 
 
 if __name__ == "__main__":
-    run_script(lambda argv: judge(parse(Settings, argv, __doc__)))
+    run_script(main)

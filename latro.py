@@ -1,12 +1,13 @@
-"""LaTRO (Latent Reasoning Optimization, arXiv 2411.04282) in plain PyTorch: rollouts → rewards → advantages → loss → update.
+"""LaTRO (Latent Reasoning Optimization, arXiv 2411.04282) in plain PyTorch.
 
     python latro.py                                               the embedded default, offline, on a laptop
     torchrun --nproc_per_node 8 latro.py --config gsm8k.yaml      the paper's run on 8 GPUs
     python latro.py --model_name_or_path M --dataset_name jsonl --dataset_path my.jsonl     your own rows
     python latro.py --help                                        every key
 
-A model π samples K rationales z for a question x and is its own reward model: r_k = log π(y|x⊕z_k) − β·[log π(z_k|x) −
-log π_0(z_k|x)], y the gold answer. With the leave-one-out advantage A_k the gradient (Eq. 4) is the mean over rollouts of
+A model π samples K rationales z for a question x with gold answer y and is its own reward model:
+r_k = log π(y|x⊕z_k) − β·[log π(z_k|x) − log π_0(z_k|x)]. With the leave-one-out advantage A_k the gradient (the paper's
+Eq. 4) is the mean over rollouts of
 
     A_k · ∇ log π(z_k|x)  +  ∇ log π(y|x⊕z_k)
 
@@ -14,6 +15,7 @@ Differences from the paper: an epoch is every prompt once (the released code cou
 unfinished rationale is taken from its own reward. From the released code: both terms are trained, stopping is an action
 with a probability, and z is scored as the ids that were sampled, at the temperature that it was sampled at.
 """
+import argparse
 import copy
 import dataclasses
 import functools
@@ -36,8 +38,9 @@ from tqdm import tqdm
 
 from data import (DATASETS, GRADERS, Example, UserError, answer_ids, decoder, default_grader, embedded_model, load_rows,
                   make_examples)
-from evaluate import (Scorer, Settings, context_left, evaluate, generate, init_distributed, judge, key, load_model, parse, rank,
-                      resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows, world_size)
+from evaluate import (Scorer, context_left, evaluate, generate, init_distributed, key, load_model, parse, rank,
+                      read_yaml, resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows, world_size)
+from evaluate import main as evaluate_main
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ from evaluate import (Scorer, Settings, context_left, evaluate, generate, init_d
 @dataclasses.dataclass
 class Config:
     # what
-    model_name_or_path: str = key("runs/cups-base/final", "folder or hub id of the starting point; the default is made where missing")
+    model_name_or_path: str = key("runs/cups-base/final", "folder or hub id of the starting point (this one is made)")
     dataset_name: str = key("cups", f"one of {', '.join(DATASETS)}")
     dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
     grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
@@ -55,14 +58,14 @@ class Config:
     # how long
     num_train_epochs: float = key(1.0, "passes over the training prompts, each prompt once per pass")
     max_steps: int | None = key(None, "end after so many updates, whatever num_train_epochs says")
-    num_evaluations: int = key(4, "evaluations on validation rows after the one of the untrained model; the best model is kept")
+    num_evaluations: int = key(4, "on validation rows, after that of the untrained model; the best model is kept")
     num_samples: int = key(0, "samples per question in the closing evaluation (maj@k); 0: greedy only")
     # how many at once; prompts per step and rank = per_device_train_batch_size * gradient_accumulation_steps / rloo_k
     per_device_train_batch_size: int = key(4, "sequences in a pass with gradient")
     gradient_accumulation_steps: int = key(8, "passes with gradient per update")
     rollout_batch_size: int = key(64, "rollouts sampled together, in whole prompts (at least rloo_k)")
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
-    gradient_checkpointing: bool = key(False, "keep layer inputs only and compute activations again in the backward pass")
+    gradient_checkpointing: bool = key(False, "compute activations again in the backward pass, to save memory")
     # rationales
     rloo_k: int = key(4, "K, rationales per prompt")
     response_length: int = key(500, "L, tokens of a rationale at most")
@@ -80,7 +83,7 @@ class Config:
     learning_rate: float = key(5e-7, "of AdamW, decaying linearly to 0")
     max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0: off")
     # machine
-    dtype: str = key("auto", "of the arithmetic (master weights are float32); auto: bfloat16 on a GPU, float32 on a CPU",
+    dtype: str = key("auto", "of the arithmetic; master weights are float32; auto: bfloat16 on a GPU, float32 on a CPU",
                      ("auto", "float32", "bfloat16"))
     attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else sdpa")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
@@ -89,25 +92,24 @@ class Config:
     seed: int = key(0, "of data order and sampling")
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "response_length",
-                     "per_device_eval_batch_size", "num_evaluations", "num_train_epochs", "learning_rate", "rloo_k"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}: {getattr(self, name)} is not above 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "rloo_k",
+                     "response_length", "per_device_eval_batch_size", "num_evaluations", "num_train_epochs",
+                     "max_steps", "learning_rate"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name}: {getattr(self, name)} is not a number above 0")
         for name in ("kl_coef", "sft_penalty", "max_grad_norm", "num_samples"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name}: {getattr(self, name)} is negative or not finite")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"max_steps: {self.max_steps} is not above 0")
-        if self.penalty_reward_value < 1:
-            raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1 and would be a bonus")
+                raise UserError(f"{name}: {getattr(self, name)} is not a number from 0 up")
+        if not 1 <= self.penalty_reward_value < float("inf"):
+            raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1: a bonus, not a penalty")
         if self.objective == "latro":
-            if not self.temperature > 0:
+            if not 0 < self.temperature < float("inf"):
                 raise UserError(f"temperature: {self.temperature}; training samples, so it must be above 0")
             if self.rloo_k < 2:
-                raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more, or objective sft")
+                raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more")
             if self.sequences % self.rloo_k:
-                raise UserError(f"per_device_train_batch_size * gradient_accumulation_steps = {self.sequences} is not a multiple "
-                                f"of rloo_k = {self.rloo_k}; a step takes whole groups of rloo_k rationales")
+                raise UserError(f"rloo_k: {self.rloo_k} does not divide per_device_train_batch_size * "
+                                f"gradient_accumulation_steps = {self.sequences}; a step takes whole groups of rloo_k")
 
     @property
     def sequences(self) -> int:  # per step and rank
@@ -118,24 +120,33 @@ class Config:
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
 
-def find_config(name: str) -> str:
-    """A YAML file as given, or the one of that name in configs/ beside this file."""
-    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", name)
-    return name if os.path.exists(name) or not os.path.exists(shipped) else shipped
+def load_config(argv: list[str]) -> Config:
+    """The settings of a command line; --config names a YAML file as given, or one in configs/ beside this file."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--config")
+    flag, argv = flag.parse_known_args(argv)
+    if not flag.config and not any(a.startswith(("--model_name_or_path", "--dataset_name")) for a in argv):
+        flag.config = "tiny.yaml"
+    path = flag.config
+    if path and not os.path.exists(path):
+        shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", path)
+        path = shipped if os.path.exists(shipped) else path
+    return parse(Config, argv, __doc__, read_yaml(path) if path else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rewards, advantages, loss: plain functions of tensors, made to be copied
 # ---------------------------------------------------------------------------------------------------------------------
 def answer_reward(logprob: torch.Tensor, length: torch.Tensor, kind: str = "logprob") -> torch.Tensor:
-    """φ of log π(y|x⊕z) (natural log, summed over y's `length` tokens): itself (Eq. 3), per token, or the probability
-    (VeriFree, arXiv 2505.21493). Differentiable; all shapes (B,)."""
+    """φ of log π(y|x⊕z), the natural log summed over y's `length` tokens: itself (Eq. 3), per token, or the
+    probability (VeriFree, arXiv 2505.21493). Differentiable; all shapes (B,)."""
     return {"logprob": logprob, "mean_logprob": logprob / length, "prob": logprob.exp()}[kind]
 
 
-def rollout_rewards(phi: torch.Tensor, kl: torch.Tensor, finished: torch.Tensor, kl_coef: float, gamma: float) -> torch.Tensor:
-    """r_k = φ_k − β·[log π(z_k|x) − log π_0(z_k|x)], all (B,). An unfinished rationale's φ is lowered by (γ−1)·|φ| first:
-    its own φ alone, so that neither its baseline nor another prompt's reward moves."""
+def rollout_rewards(phi: torch.Tensor, kl: torch.Tensor, finished: torch.Tensor, kl_coef: float,
+                    gamma: float) -> torch.Tensor:
+    """r_k = φ_k − β·[log π(z_k|x) − log π_0(z_k|x)]; all (B,), finished bool. An unfinished rationale's φ is lowered
+    by (γ−1)·|φ| first: its own φ alone, so that neither its baseline nor another prompt's reward moves."""
     return torch.where(finished, phi, phi - (gamma - 1) * phi.abs()) - kl_coef * kl
 
 
@@ -160,7 +171,7 @@ def latro_loss(rationale_logprobs: torch.Tensor, answer_rewards: torch.Tensor, a
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollout:
-    """One sequence x⊕z⊕y. `actions` are the sampled tokens whose log π makes log π(z|x): z and the stop that ended it."""
+    """One sequence x⊕z⊕y. `actions` are the sampled tokens that make log π(z|x): z and the stop that ended it."""
     example: Example
     rationale: list[int]
     actions: list[int]
@@ -188,16 +199,17 @@ def sample_rollouts(model, tokenizer, examples: list[Example], config: Config, k
         def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
             n, m, finished = truncate(ids, stop_ids, config.stop_seqs, decode)
             answer = answer_ids(batch[row // k], ids[:n], decode)
-            # One pass over x⊕z⊕y scores the stop too where y begins with it; a stop of one token needs z's last logits only.
+            # A pass over x⊕z⊕y scores the stop too where y begins with it; one token needs z's last logits only.
             stop_in_answer = m - n <= 1 or answer[:m - n] == ids[n:m]
             actions = ids[:m] if stop_in_answer else ids[:n + 1]
             drafts[row] = Rollout(batch[row // k], ids[:n], actions, answer, finished, stop_in_answer)
             return n, answer
 
-        uniforms = uniform_rows([f"{keys[i]}/{j}" for i in order[begin:begin + width] for j in range(k)], config.response_length)
+        noise = uniform_rows([f"{keys[i]}/{j}" for i in order[begin:begin + width] for j in range(k)],
+                             config.response_length)
         sampled = generate(model, [example.prompt for example in batch], config.response_length, num_samples=k,
-                           temperature=config.temperature, uniforms=uniforms, stop_ids=stop_ids, stop_seqs=config.stop_seqs,
-                           decode=decode, continuations=continuation, room=room)
+                           temperature=config.temperature, uniforms=noise, stop_ids=stop_ids,
+                           stop_seqs=config.stop_seqs, decode=decode, continuations=continuation, room=room)
         for row, (_, logprobs, answer_logprobs) in enumerate(sampled):
             drafts[row].rationale_logprob = sum(logprobs[:len(drafts[row].actions)])
             drafts[row].answer_logprob = sum(answer_logprobs)
@@ -212,10 +224,11 @@ def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
     return [Rollout(e, e.rationale, e.rationale, answer_ids(e, e.rationale, decode)) for e in examples]
 
 
-def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device, answers: bool = True) -> tuple[torch.Tensor, int]:
-    """((B, 2): log π(z|x) at `temperature` and log π(y|x⊕z) at 1, positions pushed through the model, padding included).
+def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device,
+          answers: bool = True) -> tuple[torch.Tensor, int]:
+    """((B, 2): log π(z|x) at `temperature` and log π(y|x⊕z) at 1; positions pushed through the model, with padding).
 
-    One forward pass: causality gives the stop, z and y from the same x⊕z⊕y. answers=False leaves y out (the reference).
+    One forward pass: causality gives z, its stop and y from the same x⊕z⊕y. answers=False leaves y out.
     """
     sequences = [r.ids if answers else (r.ids[:len(r.example.prompt) + len(r.actions)]) for r in rollouts]
     ids = torch.zeros(len(rollouts), max(map(len, sequences)), dtype=torch.long)  # (B, T)
@@ -249,9 +262,13 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     temperature, weight = (config.temperature, config.sft_penalty) if latro else (1.0, 1.0)
 
     # sample: the plain model's rationales; SFT takes the gold ones
-    rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys) if latro else gold_rollouts(tokenizer, examples)
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].ids), reverse=True)  # like lengths: little padding
-    batches = [order[i:i + config.per_device_train_batch_size] for i in range(0, len(order), config.per_device_train_batch_size)]
+    if latro:
+        rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys)
+    else:
+        rollouts = gold_rollouts(tokenizer, examples)
+    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))  # like lengths together: little padding
+    size = config.per_device_train_batch_size
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
     figures = {name: torch.tensor([getattr(r, name) for r in rollouts], dtype=torch.float64)
                for name in ("rationale_logprob", "answer_logprob", "finished", "stop_in_answer")}
     lengths = torch.tensor([len(r.answer) for r in rollouts], dtype=torch.float64)
@@ -284,7 +301,8 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
         losses += torch.stack(parts).detach()
         positions += count
         if not latro:
-            figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = logprobs.detach().double().cpu().unbind(1)
+            gold = logprobs.detach().double().cpu()
+            figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = gold[:, 0], gold[:, 1]
 
     # update
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")).full_tensor()
@@ -293,7 +311,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     refresh(sampler, policy)
     clock.append(time.perf_counter())
 
-    figures |= {"ref_rationale_logprob": ref_logprobs if latro else figures["rationale_logprob"], "kl": kl, "advantage": advantages,
+    figures |= {"ref_rationale_logprob": figures["rationale_logprob"] - kl, "kl": kl, "advantage": advantages,
                 "reward": rewards if latro else figures["answer_logprob"],
                 "rationale_length": torch.tensor([len(r.rationale) for r in rollouts], dtype=torch.float64)}
     tokens = sum(len(r.ids) for r in rollouts)
@@ -378,10 +396,11 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
 def write_config(path: str, config: Config) -> None:
     """Every key as used; as comments, what ran it. The file can be given back to --config."""
     here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", here, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     with open(path, "w", encoding="utf-8") as file:
-        file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, "
-                   f"{world_size()} ranks, commit {commit or 'unknown'}\n")
+        file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, "
+                   f"Python {platform.python_version()}, {world_size()} ranks, commit {commit}\n")
         yaml.safe_dump(dataclasses.asdict(config), file, sort_keys=False, allow_unicode=True)
 
 
@@ -393,9 +412,10 @@ def append(path: str, rows: list[dict]) -> None:
 
 def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Tensor], decode) -> list[dict]:
     names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage", "finished")
-    return [{"step": step, "query": decode(r.example.prompt), "rationale": decode(r.rationale), "response": decode(r.answer),
-             "ids": r.ids, "z_start": len(r.example.prompt), "y_start": len(r.example.prompt) + len(r.rationale),
-             "actions": r.actions} | {name: figures[name][i].item() for name in names} for i, r in enumerate(rollouts)]
+    return [{"step": step, "query": decode(r.example.prompt), "rationale": decode(r.rationale),
+             "response": decode(r.answer), "ids": r.ids, "z_start": len(r.example.prompt),
+             "y_start": len(r.example.prompt) + len(r.rationale), "actions": r.actions}
+            | {name: figures[name][i].item() for name in names} for i, r in enumerate(rollouts)]
 
 
 def draw_curves(directory: str) -> None:
@@ -417,8 +437,8 @@ def draw_curves(directory: str) -> None:
         if name in ("reward", "rationale_length", "kl"):
             axis.plot([row["step"] for row in steps], [row[name] for row in steps], linewidth=1, label="rollouts")
         if name in ("accuracy", "rationale_length"):
-            axis.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-", color="tab:orange",
-                      markersize=4, label="greedy, validation")
+            axis.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-",
+                      color="tab:orange", markersize=4, label="greedy, validation")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 1].set_ylim(-0.02, 1.02)
@@ -450,7 +470,8 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
     limits = {"train": 16, "validation": 4} if config.sanity_check else {}
     rows = {split: load_rows(config.dataset_name, split, config.dataset_path)[:limits.get(split)]
             for split in ("train", "validation")}
-    examples = {split: make_examples(tokenizer, rows[split], context_left(model, config.response_length)) for split in rows}
+    context = context_left(model, config.response_length)
+    examples = {split: make_examples(tokenizer, rows[split], context) for split in rows}
     grader = config.grader or default_grader(config.dataset_name, rows["train"])
     dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -466,11 +487,11 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
     total_steps = config.max_steps or -(-int(config.num_train_epochs * count) // per_step)
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    best = None
+    best = 0.0
     log = start_wandb(config, directory)
     bar = tqdm(total=total_steps, desc=config.objective, unit="step", disable=rank() > 0)
 
-    def evaluate_now(step: int) -> tuple[float, float]:
+    def evaluate_now(step: int) -> float:
         result = evaluate(sampler, tokenizer, examples["validation"], grader, response_length=config.response_length,
                           stop_token=config.stop_token, stop_seqs=config.stop_seqs, seed=config.seed,
                           batch_size=config.per_device_eval_batch_size, title=f"validation, step {step}")
@@ -479,10 +500,10 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
         append(metrics_path, [row])
         log(row)
         if rank() == 0:
-            tqdm.write(f"step {step:>4}: validation accuracy {row['accuracy']:6.1%}, log π(y|x⊕z) {row['answer_logprob']:.3f}, "
-                       f"rationale length {row['rationale_length']:.1f}")
+            tqdm.write(f"step {step:>4}: validation accuracy {row['accuracy']:6.1%}, "
+                       f"log π(y|x⊕z) {row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
             draw_curves(directory)
-        return result["accuracy"], result["answer_logprob"]
+        return result["accuracy"]
 
     evaluate_now(0)
     for step in range(1, total_steps + 1):
@@ -495,14 +516,16 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
         rollouts, figures, sums = update(policy, reference, sampler, optimizer, tokenizer, chosen, keys, config, device)
         row = {"step": step, "epoch": step * per_step / count} | reduce_metrics(sums, device) | {"lr": learning_rate}
         append(metrics_path, [row])
-        append(samples_path, sample_rows(step, rollouts[:None if step == 1 else config.rloo_k], figures, decoder(tokenizer)))
+        shown = rollouts if step == 1 else rollouts[:config.rloo_k]
+        append(samples_path, sample_rows(step, shown, figures, decoder(tokenizer)))
         log(row)
-        bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, length {row['rationale_length']:.1f}", refresh=False)
+        bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, "
+                            f"length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
         if step in evaluate_at:
-            score_now = evaluate_now(step)
-            if best is None or score_now > best:
-                best = score_now
+            accuracy = evaluate_now(step)
+            if accuracy >= best:  # of equals the later, which trained longer
+                best = accuracy
                 export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
     bar.close()
     export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
@@ -515,7 +538,7 @@ def start_wandb(config: Config, directory: str):
     try:
         import wandb
     except ImportError:
-        raise UserError("WANDB_PROJECT is set and the package wandb is missing: pip install wandb, or unset it") from None
+        raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it") from None
     run = wandb.init(name=os.path.basename(directory), dir=directory, config=dataclasses.asdict(config))
     return lambda row: run.log({k: v for k, v in row.items() if k not in ("step", "split")}, step=row["step"])
 
@@ -551,13 +574,10 @@ def make_embedded_base(folder: str, device) -> None:
         print(f"making the base model {folder} (once)", flush=True)
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
-    config = Config(dataset_name="cups_base", objective="sft", per_device_train_batch_size=64 // world_size(),
-                    gradient_accumulation_steps=1, learning_rate=2e-3, max_steps=400, num_evaluations=1, response_length=24,
-                    per_device_eval_batch_size=256, output_dir=os.path.dirname(run), run_name=os.path.basename(run),
-                    model_name_or_path="embedded")
-    torch.manual_seed(0)
+    config = load_config(["--config", "cups_base.yaml"])
+    config.per_device_train_batch_size //= world_size()
+    torch.manual_seed(config.seed)
     model, tokenizer = embedded_model()
-    dist.barrier()
     if rank() == 0:
         write_config(os.path.join(partial, "config.yaml"), config)
     train(config, partial, model, tokenizer, device)
@@ -567,22 +587,23 @@ def make_embedded_base(folder: str, device) -> None:
 
 
 def main(argv: list[str]) -> None:
-    named = {argument.split("=")[0] for argument in argv}
-    if not named & {"--config", "--model_name_or_path", "--dataset_name"}:
-        argv = ["--config", "tiny.yaml", *argv]
-    config = parse(Config, argv, __doc__, find_config)
+    config = load_config(argv)
     device = init_distributed()
     base = os.path.normpath(config.model_name_or_path)
     if base.endswith(os.path.join("cups-base", "final")) and not os.path.exists(base):
         make_embedded_base(base, device)
-    model, tokenizer = load_model(config.model_name_or_path, "auto", "cpu", config.attn_implementation, config.trust_remote_code)
+    model, tokenizer = load_model(config.model_name_or_path, "auto", "cpu", config.attn_implementation,
+                                  config.trust_remote_code)
     directory = make_directory(config)
     config.run_name = os.path.basename(directory)
     if rank() == 0:
         write_config(os.path.join(directory, "config.yaml"), config)
     train(config, directory, model, tokenizer, device)
-    single_file = config.dataset_name == "jsonl" and os.path.isfile(config.dataset_path)  # then there is no test split
-    judge(Settings(split="validation" if single_file else "test"), directory)
+    # The closing evaluation is on rows that nothing was chosen on, where there are any: a single JSONL file has none.
+    split = "validation" if config.dataset_name == "jsonl" and os.path.isfile(config.dataset_path) else "test"
+    evaluate_main(["--split", split, *(["--limit", "4"] if config.sanity_check else [])], directory)
+    if rank() == 0:
+        print(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 
 
 if __name__ == "__main__":

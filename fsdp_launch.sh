@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train with one process per GPU, or one on a machine without. Sets itself up: Python >= 3.10 with pip is enough.
+#
+#   ./fsdp_launch.sh                                     the embedded default, offline
+#   ./fsdp_launch.sh --config gsm8k.yaml --seed 1        any arguments of latro.py
+#   NPROC=2 ./fsdp_launch.sh                             so many processes
+#
+# .env beside this file, if there is one, sets the environment: HF_TOKEN, WANDB_PROJECT, WANDB_API_KEY, …
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/tests/setup.sh" "$here/requirements.txt"
+if [ -f "$here/.env" ]; then set -a; source "$here/.env"; set +a; fi
+processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / processes ))}
+exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node "$processes" "$here/latro.py" "$@"
