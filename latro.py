@@ -186,35 +186,40 @@ class Rollout:
         return self.example.prompt + self.rationale + self.answer
 
 
+def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs, decode) -> Rollout:
+    """The rollout of the sampled ids: the rationale cut where it ends, the answer that follows it, the stop's tokens.
+
+    One pass over x⊕z⊕y scores the stop too where y begins with it, and any one token from z's last logits. Of another
+    stop all but the first token is left out of log π(z|x); `stop_in_answer` says how often that happens.
+    """
+    n, m, finished = truncate(ids, stop_ids, stop_seqs, decode)
+    answer = answer_ids(example, ids[:n], decode)
+    stop_in_answer = m - n <= 1 or answer[:m - n] == ids[n:m]
+    return Rollout(example, ids[:n], ids[:m] if stop_in_answer else ids[:n + 1], answer, finished, stop_in_answer)
+
+
 def sample_rollouts(model, tokenizer, examples: list[Example], config: Config, keys: list[str]) -> list[Rollout]:
     """rloo_k rollouts per example, sampled by the plain model; y is scored on the sampler's cache."""
     decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, config.stop_token)
-    k, rollouts = config.rloo_k, []
+    k, groups = config.rloo_k, {}
     room = max(len(ids) for example in examples for ids in example.answers)
-    width = max(1, config.rollout_batch_size // k)  # prompts
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # prompts of like length share a batch
-    for begin in range(0, len(order), width):
-        batch, drafts = [examples[i] for i in order[begin:begin + width]], {}
+    width = max(1, config.rollout_batch_size // k)  # prompts
+    for batch in (order[i:i + width] for i in range(0, len(order), width)):
+        rollouts = {}
 
-        def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
-            n, m, finished = truncate(ids, stop_ids, config.stop_seqs, decode)
-            answer = answer_ids(batch[row // k], ids[:n], decode)
-            # A pass over x⊕z⊕y scores the stop too where y begins with it; one token needs z's last logits only.
-            stop_in_answer = m - n <= 1 or answer[:m - n] == ids[n:m]
-            actions = ids[:m] if stop_in_answer else ids[:n + 1]
-            drafts[row] = Rollout(batch[row // k], ids[:n], actions, answer, finished, stop_in_answer)
-            return n, answer
+        def continuation(row: int, ids: list[int], batch=batch, rollouts=rollouts) -> tuple[int, list[int]]:
+            rollouts[row] = cut_rollout(examples[batch[row // k]], ids, stop_ids, config.stop_seqs, decode)
+            return len(rollouts[row].rationale), rollouts[row].answer
 
-        noise = uniform_rows([f"{keys[i]}/{j}" for i in order[begin:begin + width] for j in range(k)],
-                             config.response_length)
-        sampled = generate(model, [example.prompt for example in batch], config.response_length, num_samples=k,
+        noise = uniform_rows([f"{keys[i]}/{j}" for i in batch for j in range(k)], config.response_length)
+        sampled = generate(model, [examples[i].prompt for i in batch], config.response_length, num_samples=k,
                            temperature=config.temperature, uniforms=noise, stop_ids=stop_ids,
                            stop_seqs=config.stop_seqs, decode=decode, continuations=continuation, room=room)
         for row, (_, logprobs, answer_logprobs) in enumerate(sampled):
-            drafts[row].rationale_logprob = sum(logprobs[:len(drafts[row].actions)])
-            drafts[row].answer_logprob = sum(answer_logprobs)
-            rollouts.append(drafts[row])
-    groups = {i: rollouts[at * k:at * k + k] for at, i in enumerate(order)}
+            rollouts[row].rationale_logprob = sum(logprobs[:len(rollouts[row].actions)])
+            rollouts[row].answer_logprob = sum(answer_logprobs)
+            groups.setdefault(batch[row // k], []).append(rollouts[row])
     return [rollout for i in range(len(examples)) for rollout in groups[i]]
 
 
@@ -350,7 +355,8 @@ def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bo
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
     scorer = Scorer(model)
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)}
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
+        dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)}
     for layer in model.get_decoder().layers:
         fully_shard(layer, **options)
     return fully_shard(scorer, **options)

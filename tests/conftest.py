@@ -1,0 +1,53 @@
+"""What the tests share: one process group, a tiny model, and the real model and data where they are at hand."""
+import os
+import sys
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    return evaluate.init_distributed()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, tokenizer): the embedded architecture with random weights that make its samples varied."""
+    torch.manual_seed(0)
+    model, tokenizer = data.embedded_model()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 6
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def cups(tiny):
+    return data.make_examples(tiny[1], data.load_rows("cups", "train")[:6])
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    if "SMOLLM2" not in os.environ:
+        pytest.skip("SMOLLM2 is not set: a folder or hub id of SmolLM2-135M-Instruct")
+    return os.environ["SMOLLM2"]
+
+
+@pytest.fixture(scope="session")
+def smol(smollm2):
+    torch.set_num_threads(2)
+    return evaluate.load_model(smollm2, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def gsm8k():
+    if "GSM8K" not in os.environ:
+        pytest.skip("GSM8K is not set: a folder with GSM8K's train.jsonl and test.jsonl")
+    return os.environ["GSM8K"]

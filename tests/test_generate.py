@@ -1,0 +1,184 @@
+"""Sampling, truncation and scoring against slow, obvious references, and against transformers on a real model."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import decoder, load_rows, make_examples
+from evaluate import Scorer, generate, stop_token_ids, token_logprobs, truncate, uniform_rows
+
+
+def plain_logprobs(model, ids, start, temperature=1.0):
+    """log π of ids[start:] by one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, start - 1:-1].double() / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[start:])[:, None])[:, 0]
+
+
+def test_greedy_is_transformers_greedy(smol, gsm8k):
+    model, tokenizer = smol
+    prompts = [e.prompt for e in make_examples(tokenizer, load_rows("gsm8k", "test", gsm8k)[:8])]
+    assert len({len(p) for p in prompts}) > 4
+    stop = stop_token_ids(tokenizer, model, "eos")
+    ours = [ids for ids, _, _ in generate(model, prompts, 64, stop_ids=stop)]
+    width = max(map(len, prompts))
+    batch = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    theirs = model.generate(batch, attention_mask=mask, max_new_tokens=64, do_sample=False)[:, width:].tolist()
+    for i, (row, expected) in enumerate(zip(ours, theirs, strict=True)):
+        assert row == expected[:len(row)]
+        assert len(row) == 64 or row[-1] in stop
+        assert generate(model, [prompts[i]], 64, stop_ids=stop)[0][0] == row
+
+
+def test_sampled_logprobs_are_those_of_a_fresh_pass(smol, gsm8k):
+    """Unequal prompts, rows that leave early by text and by token, and y scored on the cache."""
+    model, tokenizer = smol
+    decode = decoder(tokenizer)
+    examples = make_examples(tokenizer, load_rows("gsm8k", "train", gsm8k)[:3])
+    chosen = {}
+
+    def continuation(row, ids):
+        n = truncate(ids, {2}, [" the"], decode)[0]
+        chosen[row] = n, examples[row // 4].answers[0]
+        return chosen[row]
+
+    out = generate(model, [e.prompt for e in examples], 24, num_samples=4, temperature=0.8,
+                   uniforms=uniform_rows(map(str, range(12)), 24), stop_ids={2}, stop_seqs=[" the"], decode=decode,
+                   continuations=continuation, room=max(len(e.answers[0]) for e in examples))
+    assert len({len(ids) for ids, _, _ in out}) > 4
+    for row, (ids, logprobs, answer) in enumerate(out):
+        prompt, (n, y) = examples[row // 4].prompt, chosen[row]
+        torch.testing.assert_close(torch.tensor(logprobs).double(), plain_logprobs(model, prompt + ids, len(prompt), 0.8),
+                                   atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(answer).double(), plain_logprobs(model, prompt + ids[:n] + y, len(prompt) + n),
+                                   atol=2e-4, rtol=1e-4)
+
+
+def test_a_sample_depends_on_its_own_randomness_only(tiny, cups):
+    model, tokenizer = tiny
+    model = model.double()
+    prompts, noise = [e.prompt for e in cups], uniform_rows(map(str, range(12)), 20)
+    options = {"temperature": 1.0, "stop_ids": {2}, "stop_seqs": [" cup"], "decode": decoder(tokenizer)}
+    together = generate(model, prompts, 20, num_samples=2, uniforms=noise, **options)
+    assert 1 < len({len(ids) for ids, _, _ in together})
+    for i, prompt in enumerate(prompts):
+        for j in range(2):
+            alone = generate(model, [prompt], 20, uniforms=noise[2 * i + j:2 * i + j + 1], **options)[0]
+            assert alone[0] == together[2 * i + j][0]
+            assert alone[1] == pytest.approx(together[2 * i + j][1], abs=1e-9)
+    model.float()
+
+
+def test_samples_follow_the_distribution(tiny, cups):
+    model, _ = tiny
+    n, prompt = 4000, cups[0].prompt
+    counts = torch.zeros(model.config.vocab_size)
+    for ids, _, _ in generate(model, [prompt], 1, num_samples=n, temperature=2.0,
+                              uniforms=torch.rand(n, 1, generator=torch.Generator().manual_seed(0))):
+        counts[ids[0]] += 1
+    expected = (model(torch.tensor([prompt])).logits[0, -1] / 2).softmax(-1)
+    assert (counts / n - expected).abs().sum() / 2 < 0.04  # total variation; the same test at temperature 1 gives > 0.1
+    assert (counts / n - (expected.log() * 2).softmax(-1)).abs().sum() / 2 > 0.1
+
+
+def test_finished_rows_leave_the_batch(tiny, cups, monkeypatch):
+    model, tokenizer = tiny
+    seen, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: seen.append(len(k["input_ids"])) or forward(*a, **k))
+    out = generate(model, [e.prompt for e in cups], 30, num_samples=4, temperature=1.0, stop_ids=set(range(2, 12)),
+                   uniforms=uniform_rows(map(str, range(24)), 30))
+    lengths = [len(ids) for ids, _, _ in out]
+    assert seen == [6] + [sum(length > t for length in lengths) for t in range(1, max(lengths))]  # prefilled once
+
+
+def test_no_new_tokens_scores_the_bare_answer(tiny, cups):
+    model, _ = tiny
+    out = generate(model, [e.prompt for e in cups], 0, continuations=lambda i, ids: (0, cups[i].answers[0]), room=9)
+    for example, (ids, _, answer) in zip(cups, out, strict=True):
+        assert ids == []
+        expected = plain_logprobs(model, example.prompt + example.answers[0], len(example.prompt))
+        torch.testing.assert_close(torch.tensor(answer).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_token_logprobs(chunk):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 7, bias=False).double()
+    hidden, targets = torch.randn(8, 5, dtype=torch.double, requires_grad=True), torch.randint(0, 7, (8,))
+    temperature = torch.rand(8, dtype=torch.double) + 0.5
+    ours = token_logprobs(hidden, head, targets, temperature, chunk)
+    plain = (head(hidden) / temperature[:, None]).log_softmax(-1)[range(8), targets]
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+    for x in (hidden, head.weight):
+        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), x, retain_graph=True)[0] for f in (ours, plain)))
+
+
+def test_scorer_caps_logits_as_the_model_does(tiny):
+    model, _ = tiny
+    ids = torch.tensor([[3, 4, 5, 6]])
+    model.config.final_logit_softcapping = 2.0
+    logits = 2.0 * torch.tanh(model(ids).logits / 2.0)
+    ours = Scorer(model)(ids, *(torch.tensor(x) for x in ([0, 0], [2, 3], [5, 6], [1.0, 1.0])))
+    del model.config.final_logit_softcapping
+    torch.testing.assert_close(ours, logits.log_softmax(-1)[0, [1, 2], [5, 6]])
+
+
+# Truncation: the pieces of text that tokens stand for are bytes, so that characters and stops may be split anywhere.
+PIECES = [b"The", b" answer", b" is", b"The answer", b"T", b"he", b"an", b"swer is", b" ", b"\n", b"**", b"x", b"is 5",
+          "→".encode(), "→".encode()[:1], "→".encode()[1:], b"answer:", b"s The", b"\n\nThe ans"]
+PAD = EOS = len(PIECES)  # the pad id is the EOS id, and an ordinary token of the text for a caller who says so
+
+
+def decode_pieces(ids):
+    return b"".join(b"<eos>" if i == EOS else PIECES[i] for i in ids).decode(errors="replace")
+
+
+def slow_truncate(ids, stop_ids, stop_seqs):
+    """By the definition: token by token, character by character, on bytes."""
+    for m in range(1, len(ids) + 1):
+        if ids[m - 1] in stop_ids:
+            return m - 1, m, True
+        found = [(s.encode(), b"".join(b"<eos>" if i == EOS else PIECES[i] for i in ids[:m])) for s in stop_seqs]
+        found = [(text.index(s), s) for s, text in found if s in text]
+        if found:
+            start = min(at + len(s) - len(s.lstrip()) for at, s in found)
+            n = 0
+            while sum(len(b"<eos>" if i == EOS else PIECES[i]) for i in ids[:n + 1]) <= start:
+                n += 1
+            return n, m, True
+    return len(ids), len(ids), False
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(st.integers(0, EOS), max_size=12), st.sampled_from([(), (EOS,), (EOS, 8)]),
+       st.lists(st.sampled_from(["The answer is", "answer:", "\nThe answer", "→", "x→", "answer is"]), max_size=3, unique=True))
+def test_truncate_agrees_with_the_definition(ids, stop_ids, stop_seqs):
+    n, m, finished = truncate(ids, stop_ids, stop_seqs, decode_pieces)
+    assert (n, m, finished) == slow_truncate(ids, stop_ids, stop_seqs)
+    assert 0 <= n <= m <= len(ids)
+
+
+@pytest.mark.parametrize("pieces, stops, expected", [
+    (["x", "The", " answer", " is"], ["The answer is"], (1, 4, True)),
+    (["The answer", " is"], ["The answer is"], (0, 2, True)),  # the empty rationale
+    (["x", "\n", "The answer", " is"], ["The answer is"], (2, 4, True)),  # z keeps its white space
+    (["x", "\n\nThe ans", "swer is"], ["The answer is"], (3, 3, False)),
+    (["x", "**", "answer:"], ["answer:"], (2, 3, True)),
+    (["x"], [], (1, 1, False)),
+])
+def test_truncate_examples(pieces, stops, expected):
+    assert truncate([PIECES.index(p.encode()) for p in pieces], (), stops, decode_pieces) == expected
+
+
+def test_generation_stops_where_truncate_says(tiny, cups):
+    """The sampler's own look at the text and the exact cut agree: the last sampled token completes the stop."""
+    model, tokenizer = tiny
+    decode = decoder(tokenizer)
+    for stops in ([" cup"], ["ball is"], [" 3", "?"], ["r cup 2"]):
+        out = generate(model, [e.prompt for e in cups], 30, num_samples=8, temperature=1.5, stop_seqs=stops, decode=decode,
+                       uniforms=uniform_rows(map(str, range(48)), 30), stop_ids={2})
+        for ids, _, _ in out:
+            n, m, finished = truncate(ids, {2}, stops, decode)
+            assert m == len(ids) and (finished or len(ids) == 30)
+        assert sum(len(ids) < 30 for ids, _, _ in out) > 4 or stops == ["r cup 2"]
