@@ -240,10 +240,11 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
     """
     def some(hidden, targets, temperature):
         logits = head(hidden)  # (chunk, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature[:, None]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits / temperature[:, None].to(logits.dtype)
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    temperature = torch.as_tensor(temperature, device=hidden.device).expand(len(targets))
+    temperature = torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets))
     parts = zip(hidden.split(chunk), targets.split(chunk), temperature.split(chunk))
     return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
 

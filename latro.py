@@ -248,7 +248,7 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
             targets += tokens
             kinds += [kind] * len(tokens)
     rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
-    temperatures = torch.where(kinds == 0, temperature, 1.0)
+    temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
     logprobs = scorer(ids.to(device), rows, columns, targets, temperatures)  # (N,)
     sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
     return sums.view(-1, 2), ids.numel()

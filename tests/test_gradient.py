@@ -1,0 +1,155 @@
+"""The estimator's expectation is the gradient of Eq. 3, exactly, by enumerating every rationale and every K-tuple.
+
+The model is small enough that all its rationales (up to 3 tokens of a vocabulary of 5) can be listed. Everything under
+test is what training calls: cut_rollout, score, answer_reward, rollout_rewards, rloo_advantages, latro_loss.
+"""
+import itertools
+
+import pytest
+import tokenizers
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import latro
+from data import decoder, make_examples
+from evaluate import Scorer
+
+LENGTH = 3
+# words of the vocabulary after <eos>; the answer; stop sequences
+CASES = {
+    "stop token": (["a", "b", "c", "d"], "ab", []),
+    "one-token stop": ([" X", " a", "b", "c"], "X a", ["X"]),
+    "one-token stop, white space": (["X", "\n", "a", " "], "Xa", ["X"]),
+    "two-token stop": ([" X", "Y", " a", "b"], "XY a", ["XY"]),
+    "length limit": (["a", "b", "c", "d"], "ab", []),
+}
+
+
+def make_model(case, seed):
+    words, response, stops = CASES[case]
+    vocabulary = {"<eos>": 0} | {word: i + 1 for i, word in enumerate(words)} | {"Q": len(words) + 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<eos>"))
+    pattern = "|".join(sorted(map(tokenizers_escape, vocabulary), key=len, reverse=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    torch.manual_seed(seed)
+    # GPT-2, because it computes in float64 throughout; Llama's norm always computes in float32
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2, n_positions=32, eos_token_id=0,
+                                       bos_token_id=None, initializer_range=0.6)).double().eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    prompt = "a" if "a" in words else words[0]
+    [example] = make_examples(tokenizer, [{"queries": prompt, "responses": response, "groundtruth": "-"}])
+    return model, tokenizer, example, [] if case == "length limit" else stops
+
+
+def tokenizers_escape(word):
+    return word.replace("\n", r"\n")
+
+
+def every_sample(example, stop_ids, stops, decode):
+    """All that can be sampled: sequences that end with their stop, or at LENGTH tokens."""
+    done, going = [], [[]]
+    while going:
+        ids = going.pop()
+        rollout = latro.cut_rollout(example, ids, stop_ids, stops, decode)
+        if rollout.finished or len(ids) == LENGTH:
+            done.append(ids)
+        else:
+            going += [ids + [token] for token in range(5)]
+    return done
+
+
+def plain_logprob(model, ids, start, temperature=1.0):
+    logits = model(torch.tensor([ids])).logits[0, start - 1:-1] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[start:])[:, None]).sum()
+
+
+def exact_gradient(model, reference, samples, rollouts, start, temperature, beta, kind, gamma):
+    """∇J by autograd through the sum over all rationales, plain model calls only."""
+    total = 0
+    for ids, rollout in zip(samples, rollouts):
+        x = rollout.example.prompt
+        log_p, log_p0 = (plain_logprob(m, x + ids, len(x), temperature) for m in (model, reference))
+        log_y = plain_logprob(model, x + rollout.rationale + rollout.answer, len(x) + len(rollout.rationale))
+        phi = {"logprob": log_y, "mean_logprob": log_y / len(rollout.answer), "prob": log_y.exp()}[kind]
+        shaped = phi.detach() if rollout.finished else phi.detach() - (gamma - 1) * phi.detach().abs()
+        total = total + log_p.exp() * shaped + log_p.exp().detach() * phi - beta * log_p.exp() * (log_p - log_p0.detach())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+
+
+def expected_gradient(model, reference, rollouts, k, temperature, beta, kind, gamma, sft_penalty=1.0, baseline=None):
+    """Minus the expectation of the training loss's gradient over all K-tuples, through the functions of training."""
+    scorer, frozen = Scorer(model), Scorer(reference)
+    logprobs, _ = latro.score(scorer, rollouts, temperature, "cpu")
+    with torch.no_grad():
+        ref, _ = latro.score(frozen, rollouts, temperature, "cpu", answers=False)
+    lengths = torch.tensor([len(r.answer) for r in rollouts], dtype=torch.double)
+    phi = latro.answer_reward(logprobs[:, 1], lengths, kind)
+    finished = torch.tensor([r.finished for r in rollouts])
+    rewards = latro.rollout_rewards(phi, logprobs[:, 0] - ref[:, 0], finished, beta, gamma).detach()
+    probabilities = logprobs[:, 0].detach().exp()
+    tuples = torch.tensor(list(itertools.product(range(len(rollouts)), repeat=k)))  # (M^K, K)
+    weight = probabilities[tuples].prod(1, keepdim=True)
+    advantages = (baseline or latro.rloo_advantages)(rewards[tuples])
+    coefficient, visits = (torch.zeros(len(rollouts), dtype=torch.double).index_add(0, tuples.flatten(), x.flatten())
+                           for x in (weight * advantages, weight.expand(-1, k)))
+    policy_loss, sft_loss = latro.latro_loss(logprobs[:, 0], visits * phi, coefficient, sft_penalty, k)
+    gradient = torch.autograd.grad(-policy_loss - sft_loss, list(model.parameters()))
+    return torch.cat([g.flatten() for g in gradient])
+
+
+def set_up(case):
+    model, tokenizer, example, stops = make_model(case, 0)
+    reference, *_ = make_model(case, 1)
+    decode, stop_ids = decoder(tokenizer), set() if case == "length limit" else {0}
+    samples = every_sample(example, stop_ids, stops, decode)
+    rollouts = [latro.cut_rollout(example, ids, stop_ids, stops, decode) for ids in samples]
+    assert all(r.stop_in_answer for r in rollouts)
+    return model, reference, samples, rollouts, len(example.prompt), decode
+
+
+def error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("k, beta, kind, gamma, temperature", [
+    (2, 0.0, "logprob", 1.0, 1.0), (2, 0.3, "logprob", 2.0, 0.7), (2, 0.3, "mean_logprob", 2.0, 1.0),
+    (2, 0.3, "prob", 2.0, 0.7), (2, 0.0, "prob", 1.0, 1.0), (2, 0.0, "mean_logprob", 1.0, 0.7),
+    (3, 0.3, "logprob", 2.0, 0.7), (3, 0.0, "prob", 1.0, 1.0)])
+def test_expectation_is_the_gradient(case, k, beta, kind, gamma, temperature):
+    if k == 3 and case == "length limit":
+        kind = "mean_logprob"
+    model, reference, samples, rollouts, start, _ = set_up(case)
+    exact = exact_gradient(model, reference, samples, rollouts, start, temperature, beta, kind, gamma)
+    ours = expected_gradient(model, reference, rollouts, k, temperature, beta, kind, gamma)
+    assert error(ours, exact) < 1e-8
+
+
+BITES = {
+    "the stop's probability left out": ("stop token", lambda r: setattr(r, "actions", r.rationale)),
+    "the first token of a longer stop only": (
+        "two-token stop", lambda r: setattr(r, "actions", r.actions[:len(r.rationale) + 1])),
+    "white space trimmed off z": ("one-token stop, white space", None),
+    "Eq. 4's second term left out": ("stop token", {"sft_penalty": 0.0}),
+    "a rollout in its own baseline": ("stop token", {"baseline": lambda r: r - r.mean(1, keepdim=True)}),
+}
+
+
+@pytest.mark.parametrize("fault", BITES)
+def test_faults_are_seen(fault):
+    case, change = BITES[fault]
+    model, reference, samples, rollouts, start, decode = set_up(case)
+    exact = exact_gradient(model, reference, samples, rollouts, start, 1.0, 0.3, "logprob", 1.0)
+    options = change if isinstance(change, dict) else {}
+    for rollout in rollouts:
+        if change is None:
+            white = len(rollout.rationale) - len([*itertools.dropwhile(lambda t: decode([t]).isspace(), rollout.rationale[::-1])])
+            if white and rollout.finished:
+                rollout.rationale = rollout.rationale[:-white]
+                rollout.actions = rollout.rationale + rollout.actions[-1:]
+                rollout.answer = rollout.example.answers[0]
+        elif callable(change):
+            change(rollout)
+    ours = expected_gradient(model, reference, rollouts, 2, 1.0, 0.3, "logprob", 1.0, **options)
+    assert error(ours, exact) > 0.02
