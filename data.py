@@ -60,6 +60,8 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
             return read_jsonl(path)
         if os.path.exists(file := os.path.join(path, f"{split}.jsonl")):
             return read_jsonl(file)
+    if path is not None and not os.path.exists(os.path.join(path, "README.md")):
+        names = (None,)  # the hub's configurations are declared in its README
     import datasets  # imported here: half a second that the embedded default does not need
     try:
         return [row for name in names for row in datasets.load_dataset(path or hub_id, name, split=split)]
@@ -314,7 +316,7 @@ def embedded_model():
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: extraction and grading
 # ---------------------------------------------------------------------------------------------------------------------
-NUMBER = re.compile(r"(?<![\w.])[-−–]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.?\d+)")
+NUMBER = re.compile(r"(?<![\w.])[-−–]?\$?[-−–]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 def statement(text: str) -> str | None:
@@ -342,8 +344,9 @@ def extract_number(text: str) -> str | None:
     """
     for part, which in ((statement(text), 0), (last_boxed(text), 0), (text, -1)):
         if part and (found := NUMBER.findall(part)):
-            value = Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which])))
-            return format(value.normalize() + 0, "f")  # + 0 turns -0 into 0
+            number = format(Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which]))), "f")  # any length, exactly
+            number = number.rstrip("0").rstrip(".") if "." in number else number
+            return "0" if number == "-0" else number
     return None
 
 

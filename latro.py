@@ -391,8 +391,9 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
     if rank() == 0:
         partial = folder + ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        sampler.config.dtype = dtype
         sampler.save_pretrained(partial, state_dict=weights)
+        sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
+        sampler.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)

@@ -1,0 +1,219 @@
+"""Datasets, prompts of the main template kinds, and grading."""
+import json
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import data
+from data import UserError, answer_ids, decoder, end_of_turn_id, extract_number, extract_option, grade, load_rows, make_examples
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def test_cups_rows_are_true_and_have_no_rationales():
+    rows = load_rows("cups", "train")
+    assert not any("rationales" in row for row in rows)
+    for row in load_rows("cups", "test")[:50]:
+        words = row["queries"].replace(".", "").split()
+        cup = words[5]
+        for swap in words[7:13]:
+            a, b = swap.split("-")
+            cup = {a: b, b: a}.get(cup, cup)
+        assert cup == row["groundtruth"] and row["responses"] == f"The answer is {cup}."
+
+
+def test_splits_are_disjoint_and_fixed():
+    splits = {split: [r["queries"] for r in load_rows("cups", split)] for split in ("train", "validation", "test")}
+    assert [len(s) for s in splits.values()] == [3600, 400, 500]
+    assert not set(splits["train"]) & set(splits["validation"]) and not set(splits["train"]) & set(splits["test"])
+    assert not {r["queries"] for r in load_rows("cups_base", "train")} & set(splits["test"])
+    assert splits["validation"] == [r["queries"] for r in load_rows("cups", "validation")]
+
+
+def test_gsm8k(gsm8k):
+    train, validation, test = (load_rows("gsm8k", split, gsm8k) for split in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (6973, 500, 1319)
+    assert test[0]["queries"][0]["content"].endswith("farmers' market? Let's think step by step.")
+    assert test[0]["responses"] == "The answer is 18." and test[0]["groundtruth"] == "18"
+    assert "<<" not in test[0]["rationales"] and test[0]["rationales"].endswith("market.\n")
+    assert all(extract_number(r["groundtruth"]) and grade("number", r["responses"], r)[1] for r in test)
+    shot = load_rows("gsm8k", "test", gsm8k, few_shot=8)[0]["queries"][0]["content"]
+    assert shot.count("Q: ") == 9 and shot.count("The answer is") == 8 and shot.endswith("market?\nA:")
+    with pytest.raises(UserError, match="gsm8k has 8 worked examples"):
+        load_rows("cups", "test", few_shot=8)
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
+    arc = {"question": "What melts?", "choices": {"text": ["ice", "dry ice"], "label": ["1", "2"]}, "answerKey": "2", "id": "x"}
+    write(tmp_path / "test.jsonl", [arc])
+    [row] = load_rows("arc_challenge", "test", str(tmp_path))
+    assert row["queries"][0]["content"] == (
+        "Question: What melts?\nOptions: ['ice', 'dry ice']\n"
+        "Let's think step by step first then print your answer like 'The answer is (one of the options)'.")
+    assert row["responses"] == "The answer is dry ice." and row["options"] == ["ice", "dry ice"]
+    [direct] = load_rows("arc_challenge_direct", "test", str(tmp_path))
+    assert direct["queries"][0]["content"].startswith("The output MUST strictly follow the structure")
+    write(tmp_path / "test.jsonl", [{"problem": "p", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "1", "type": "a"}])
+    [row] = load_rows("math", "test", str(tmp_path))
+    assert row["groundtruth"] == r"\frac{1}{2}" and row["responses"] == r"The answer is $\frac{1}{2}$."
+
+
+def test_parquet_through_the_datasets_library(tmp_path, monkeypatch):
+    import pandas
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    pandas.DataFrame([{"question": "1+1?", "answer": "2\n#### 2"}] * 3).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    assert [r["groundtruth"] for r in load_rows("gsm8k", "test", str(tmp_path))] == ["2"] * 3
+
+
+def test_a_dataset_is_one_function_and_one_entry(monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "mine", (lambda split, path: [
+        {"queries": f"{i}+1?", "responses": f"The answer is {i + 1}.", "groundtruth": str(i + 1)} for i in range(20)], "number"))
+    assert len(load_rows("mine", "train")) == 18
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+          "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
+           "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+PHI35 = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
+QWEN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# kind: template, special tokens, BOS, EOS, whether the tokenizer itself adds a BOS, end of turn, metaspace
+KINDS = {
+    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+               "<|begin_of_text|>", "<|end_of_text|>", True, "<|eot_id|>", False),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", True, "</s>", True),
+    "phi3.5": (PHI35, ["<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"], "<s>", "<|endoftext|>", False,
+               "<|end|>", True),
+    "qwen": (QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", False, "<|im_end|>", False),
+    "none": (None, ["<s>", "</s>"], "<s>", "</s>", True, "</s>", False),
+}
+
+
+def make_tokenizer(kind):
+    template, special, bos, eos, adds_bos, _, metaspace = KINDS[kind]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=metaspace))
+    if metaspace:  # as in sentencepiece: a space before the first word of a text
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = tokenizers.decoders.Sequence(
+            [tokenizers.decoders.Metaspace(prepend_scheme="first"), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+        alphabet = [*map(chr, range(32, 127)), "\n", "▁"]
+    else:
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    text = ["The answer is 18. What is two and two? Let's think step by step. user assistant"] * 3
+    tokenizer.train_from_iterator(text, tokenizers.trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    if adds_bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+
+
+QUERY = [{"role": "user", "content": "What is two and two? Let's think step by step."}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates(kind):
+    tokenizer = make_tokenizer(kind)
+    template, _, bos, _, _, end, _ = KINDS[kind]
+    [example] = make_examples(tokenizer, [{"queries": QUERY, "responses": "The answer is 18.", "groundtruth": "18"}])
+    if template:
+        expected = tokenizer.apply_chat_template(QUERY, tokenize=True, add_generation_prompt=True)
+        assert example.prompt == (expected if isinstance(expected, list) else expected["input_ids"])
+    else:
+        assert example.prompt == tokenizer(QUERY[0]["content"])["input_ids"]
+    assert bos is None or example.prompt.count(tokenizer.bos_token_id) == ("bos_token" in (template or "bos_token"))
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    for ids in example.answers:
+        assert ids[-1] == tokenizer.convert_tokens_to_ids(end) and ids.count(ids[-1]) == 1
+    # x⊕z⊕y is what the whole text tokenises to, whether z ends in white space or not
+    decode = decoder(tokenizer)
+    for rationale, sep in (("Two and two.", " "), ("Two and two.\n", "")):
+        [z] = (e.rationale for e in make_examples(tokenizer, [{"queries": "Q", "responses": "A", "rationales": rationale}]))
+        y = answer_ids(example, z, decode)
+        assert y == example.answers[sep == ""]
+        assert decode(example.prompt + z + y[:-1]) == decode(example.prompt) + rationale + sep + "The answer is 18."
+
+
+def test_a_templated_string_gets_no_second_bos():
+    tokenizer = make_tokenizer("llama3")
+    text = tokenizer.apply_chat_template(QUERY, tokenize=False, add_generation_prompt=True)
+    [example] = make_examples(tokenizer, [{"queries": text, "responses": "A", "groundtruth": "A"}])
+    assert example.prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_smollm2_prompt_keeps_its_end_of_turn_tokens(smollm2, gsm8k):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    row = load_rows("gsm8k", "test", gsm8k)[0]
+    [example] = make_examples(tokenizer, [row])
+    assert example.prompt.count(tokenizer.eos_token_id) == 2 and example.answers[0][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example.prompt).endswith("step by step.<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_prompts_beyond_the_context_are_named():
+    with pytest.raises(UserError, match="context"):
+        make_examples(make_tokenizer("qwen"), [{"queries": "x" * 300, "responses": "A", "groundtruth": "A"}], context=100)
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+NUMBERS = [
+    ("$1,234.50", "1234.5"), ("18.", "18"), ("18.00", "18"), ("−5", "-5"), ("-5", "-5"), ("5%", "5"), (r"\boxed{72}", "72"),
+    ("#### 18", "18"), ("**18**", "18"), ("The answer is 18 eggs.", "18"), ("none at all", None), ("", None),
+    ("The answer is 3. The answer is 4.", "4"), ("First 3, then 7.", "7"), ("The answer is: $18.", "18"),
+    ("The answer is **18**.", "18"), ("the ANSWER is 1,000,000", "1000000"), ("9007199254740993", "9007199254740993"),
+    ("The answer is 123456789012345678901234567890.", "123456789012345678901234567890"), ("0.50", "0.5"), (".5", "0.5"),
+    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("007", "7"), ("-0", "0"), ("3-4 = -1", "-1"), ("10-3=7", "7"),
+    ("5 * 3 = 15 apples", "15"), ("It costs $5.", "5"), (r"\boxed{1,000}", "1000"), (r"so $\boxed{-3}$ it is 4", "-3"),
+    ("The answer is 5 because 2 + 3", "5"), ("#### 1,200\n", "1200"), ("v2.0 gives 18", "18"),
+    ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
+]
+OPTIONS = ["water", "saltwater", "salt water", "wind"]
+CHOICES = [
+    ("The answer is water.", "water"), ("The answer is saltwater.", "saltwater"), ("The answer is salt water.", "salt water"),
+    ("The answer is (B).", "saltwater"), ("The answer is B", "saltwater"), ("The answer is B. saltwater", "saltwater"),
+    ("The answer is D) wind", "wind"), ("The answer is ['wind'].", "wind"), ("The answer is 'wind'.", "wind"),
+    ("the answer is: Wind", "wind"), ("The answer is water or wind.", None), ("The answer is neither.", None),
+    ("The answer is the wind, of course.", "wind"), ("The answer is E.", None), ("I think\nwind", "wind"),
+    ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"), ("The answer is 2.", "saltwater"),
+    ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None), ("The answer is (wind)", "wind"),
+]
+
+
+@pytest.mark.parametrize("text, expected", NUMBERS)
+def test_numbers(text, expected):
+    assert extract_number(text) == expected
+
+
+@pytest.mark.parametrize("text, expected", CHOICES)
+def test_options(text, expected):
+    assert extract_option(text, OPTIONS) == expected
+
+
+@pytest.mark.parametrize("grader, text, truth, correct", [
+    ("number", "The answer is 18.0 dollars", "18", True), ("number", "19", "18", False), ("number", "", "18", False),
+    ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True), ("text", "It is\nLondon", "Paris", False),
+    ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
+    ("json", 'call: {"a": 2}', '{"a": 1}', False),
+    ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
+    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False),
+])
+def test_graders(grader, text, truth, correct):
+    if grader == "math":
+        pytest.importorskip("math_verify")
+    assert grade(grader, text, {"groundtruth": truth})[1] is correct
+
+
+@pytest.mark.parametrize("truths, grader", [
+    (["18", "-3.5", "1,000"], "number"), (["18", "Paris"], "text"), (['{"name": "f"}', "[1]"], "json")])
+def test_default_grader_of_a_jsonl(truths, grader):
+    assert data.default_grader("jsonl", [{"groundtruth": t} for t in truths]) == grader

@@ -1,0 +1,196 @@
+"""The scripts as users run them: the embedded default, two ranks, a user's JSONL, and a real model on real data."""
+import glob
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+
+STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss", "sft_loss",
+             "grad_norm", "lr", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
+EVALUATION_KEYS = {"step", "split", "n", "accuracy", "answer_logprob", "rationale_length", "finished"}
+
+
+def script(name, *arguments, cwd, ranks=1, code=0):
+    """Run a script of the project in the folder cwd; returns what it printed."""
+    launch = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, os.path.join(ROOT, name), *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=500)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def check_run(run, steps):
+    """Every file of a finished run is there, every metric, and all are finite."""
+    metrics = rows(f"{run}/metrics.jsonl")
+    updates, evaluations = ([r for r in metrics if ("split" in r) is kind] for kind in (False, True))
+    assert [r["step"] for r in updates] == list(range(1, steps + 1))
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == steps
+    for row, keys in [(r, STEP_KEYS) for r in updates] + [(r, EVALUATION_KEYS) for r in evaluations]:
+        assert row.keys() == keys
+        assert all(math.isfinite(v) for k, v in row.items() if k != "split")
+    assert {os.path.basename(p) for p in glob.glob(f"{run}/*")} >= {
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "best", "final"}
+    assert not glob.glob(f"{run}/*.partial")
+    return updates, evaluations
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """`python latro.py` in an empty folder: (folder, run directory, what was printed)."""
+    folder = tmp_path_factory.mktemp("default")
+    printed = script("latro.py", cwd=folder)
+    [run] = glob.glob(f"{folder}/runs/cups-latro-*")
+    return folder, run, printed
+
+
+def test_default_learns_to_track(default_run):
+    _, run, printed = default_run
+    updates, evaluations = check_run(run, 120)
+    base, best = (json.load(open(f"{run}/evaluation-{name}.json")) for name in ("base", "best"))
+    assert base["n"] == best["n"] == 500 and base["split"] == "test"
+    assert base["accuracy"] <= 0.30 and best["accuracy"] >= 0.97
+    assert base["rationale_length"] < 2 and 11 < best["rationale_length"] < 14
+    assert best["maj_at_k"] >= 0.97 and best["answer_logprob"] > base["answer_logprob"] + 0.5
+    assert best["accuracy_ci95"][0] < best["accuracy"] <= best["accuracy_ci95"][1]
+    assert "greedy accuracy" in printed and "maj@8" in printed and "making the base model" in printed
+    assert updates[-1]["kl"] > 0.1 > updates[0]["kl"] and updates[-1]["reward"] > updates[0]["reward"] + 0.5
+    assert sum(r["work_ratio"] for r in updates) / len(updates) <= 1.10
+    assert evaluations[-1]["accuracy"] >= 0.97 and len(evaluations) == 13
+
+
+def test_run_directory_reproduces_the_run(default_run):
+    _, run, _ = default_run
+    with open(f"{run}/config.yaml") as file:
+        text = file.read()
+    assert yaml.safe_load(text)["rloo_k"] == 8 and f"torch {torch.__version__}" in text.splitlines()[0]
+    samples = rows(f"{run}/samples.jsonl")
+    assert sum(r["step"] == 1 for r in samples) == 128 and sum(r["step"] == 120 for r in samples) == 8
+    tokenizer = AutoTokenizer.from_pretrained(f"{run}/best")
+    for row in samples[:20]:
+        assert tokenizer.decode(row["ids"][:row["z_start"]]) == row["query"]
+        assert tokenizer.decode(row["ids"][row["z_start"]:row["y_start"]]) == row["rationale"]
+        assert tokenizer.decode(row["ids"][row["y_start"]:]) == row["response"]
+
+
+def test_logged_figures_are_those_of_plain_transformers(default_run):
+    folder, run, _ = default_run
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/runs/cups-base/final", dtype=torch.float32)
+    groups = [r for r in rows(f"{run}/samples.jsonl") if r["step"] == 1]
+    for row in groups:
+        ids, z, y = row["ids"], row["z_start"], row["y_start"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        answer = sum(logprobs[i - 1, ids[i]].item() for i in range(y, len(ids)))
+        rationale = sum(logprobs[z - 1 + i, token].item() for i, token in enumerate(row["actions"]))
+        assert row["answer_logprob"] == pytest.approx(answer, abs=1e-4)
+        assert row["rationale_logprob"] == pytest.approx(rationale, abs=1e-4)
+        assert row["ref_rationale_logprob"] == pytest.approx(rationale, abs=1e-4)
+        assert row["reward"] == pytest.approx(answer, abs=1e-4)
+    for i in range(0, len(groups), 8):
+        rewards = [r["reward"] for r in groups[i:i + 8]]
+        for row in groups[i:i + 8]:
+            assert row["advantage"] == pytest.approx(row["reward"] - (sum(rewards) - row["reward"]) / 7, abs=1e-6)
+
+
+def test_evaluate_without_arguments_shows_the_newest_run(default_run):
+    folder, run, _ = default_run
+    before = json.load(open(f"{run}/evaluation-best.json"))
+    printed = script("evaluate.py", cwd=folder)
+    assert "base" in printed and "best" in printed and "500 questions" in printed and "100.0%" in printed
+    assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
+
+
+def test_sft_on_answers_does_not_unlock_it(default_run):
+    folder, _, _ = default_run
+    script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 2, cwd=folder)
+    check_run(f"{folder}/runs/sft", 120)
+    assert json.load(open(f"{folder}/runs/sft/evaluation-best.json"))["accuracy"] <= 0.40
+
+
+def test_two_ranks_do_what_one_does(default_run):
+    folder, run, _ = default_run
+    script("latro.py", "--config", "tiny.yaml", "--gradient_accumulation_steps", 2, "--max_steps", 120, "--num_evaluations", 1,
+           "--run_name", "two", cwd=folder, ranks=2)
+    updates, evaluations = check_run(f"{folder}/runs/two", 120)
+    alone = [r for r in rows(f"{run}/metrics.jsonl") if "reward" in r]
+    for key in STEP_KEYS - {"grad_norm"}:
+        if not key.endswith("_s") and key != "work_ratio":
+            assert updates[0][key] == pytest.approx(alone[0][key], rel=1e-4, abs=1e-5), key
+    assert updates[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-3)
+    best = json.load(open(f"{folder}/runs/two/evaluation-best.json"))
+    assert best["accuracy"] >= 0.97 and best["n"] == 500 and len(best["rows"]) == 500
+    assert [r["query"] for r in best["rows"]] == [r["queries"] for r in data.load_rows("cups", "test")]
+
+
+def test_own_jsonl_trains_and_evaluates(default_run):
+    folder, _, _ = default_run
+    with open(f"{folder}/my.jsonl", "w") as file:
+        for row in data.load_rows("cups", "train")[:20]:
+            file.write(json.dumps({k: row[k] for k in ("queries", "responses", "groundtruth")}) + "\n")
+    base = f"{folder}/runs/cups-base/final"
+    script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path", "my.jsonl", "--run_name", "own",
+           "--max_steps", 3, "--response_length", 20, "--learning_rate", "3e-4", "--num_evaluations", 1, cwd=folder)
+    updates, evaluations = check_run(f"{folder}/runs/own", 3)
+    assert evaluations[0]["n"] == 2 and updates[0]["epoch"] == pytest.approx(8 / 18)
+    printed = script("evaluate.py", "--model", "runs/own/final", cwd=folder)
+    assert "20 questions" in printed
+    assert json.load(open(f"{folder}/runs/own/evaluation-final.json"))["split"] == "all"
+    assert "holds a run already" in script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path",
+                                           "my.jsonl", "--run_name", "own", cwd=folder, code=2)
+
+
+@pytest.fixture(scope="session")
+def smol_run(tmp_path_factory, smollm2, gsm8k):
+    folder = tmp_path_factory.mktemp("smol")
+    for objective in ("latro", "sft"):
+        script("latro.py", "--model_name_or_path", smollm2, "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
+               "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--rloo_k", 4, "--response_length", 64,
+               "--max_steps", 2, "--sanity_check", "true", "--objective", objective, "--run_name", objective, cwd=folder)
+    return folder
+
+
+def test_real_model_and_data(smol_run, smollm2, gsm8k):
+    updates, _ = check_run(f"{smol_run}/runs/latro", 2)
+    assert all(r["work_ratio"] <= 1.30 for r in updates)
+    exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{smol_run}/runs/latro/final", smollm2))
+    assert exported.dtype == start.dtype == torch.bfloat16
+    changed = sum((a != b).sum().item() for a, b in zip(exported.parameters(), start.parameters(), strict=True))
+    assert changed > 0
+    tokenizer = AutoTokenizer.from_pretrained(f"{smol_run}/runs/latro/final")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    printed = script("evaluate.py", "--model", "runs/latro/final", "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
+                     "--limit", 8, "--num_samples", 4, cwd=smol_run)
+    assert "maj@4" in printed
+    result = json.load(open(f"{smol_run}/runs/latro/evaluation-final.json"))
+    assert {"model", "dataset", "split", "n", "num_samples", "accuracy", "accuracy_ci95", "maj_at_k", "maj_at_k_ci95",
+            "answer_logprob", "answer_logprob_no_rationale", "finished", "rationale_length", "rows"} <= result.keys()
+    assert result["n"] == 8 and [r["groundtruth"] for r in result["rows"]] == [
+        r["groundtruth"] for r in data.load_rows("gsm8k", "test", gsm8k)[:8]]
+    for row in result["rows"]:
+        assert {"query", "groundtruth", "output", "prediction", "correct", "answer_logprob", "samples"} <= row.keys()
+        assert len(row["samples"]) == 4
+        assert row["answer_logprob"] == pytest.approx(sum(s["answer_logprob"] for s in row["samples"]) / 4)
+
+
+def test_sft_trains_on_the_gold_rationales(smol_run, gsm8k):
+    updates, _ = check_run(f"{smol_run}/runs/sft", 2)
+    assert all(r["kl"] == 0 and r["generate_s"] < 1 for r in updates)
+    gold = {r["rationales"] for r in data.load_rows("gsm8k", "train", gsm8k)}
+    assert all(r["rationale"] in gold and r["response"].startswith("The answer is ")
+               for r in rows(f"{smol_run}/runs/sft/samples.jsonl"))
