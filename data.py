@@ -132,8 +132,10 @@ def arc_challenge(split: str, path: str | None = None, template: str | None = No
     """ARC-Challenge (Clark et al. 2018) with the paper's chain-of-thought prompt (Appendix B, Figure 6)."""
     rows = []
     for raw in raw_rows("allenai/ai2_arc", split, path, ("ARC-Challenge",)):
-        choices = column(raw, "choices", path)
-        answer = choices["text"][choices["label"].index(column(raw, "answerKey", path))]
+        choices, label = column(raw, "choices", path), column(raw, "answerKey", path)
+        if label not in choices["label"]:
+            raise UserError(f"{path or 'dataset'}: answerKey {label!r} is none of the labels {choices['label']}")
+        answer = choices["text"][choices["label"].index(label)]
         prompt = (template or ARC_COT).format(question=column(raw, "question", path), options=choices["text"])
         rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.",
                      "groundtruth": answer, "options": choices["text"]})
@@ -166,9 +168,17 @@ def jsonl(split: str, path: str | None = None) -> list[dict]:
         raise UserError("dataset_name jsonl needs dataset_path, a JSONL file with queries, responses and groundtruth")
     rows = raw_rows(path, split, path)
     for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}: column"
         for name in ("queries", "responses", "groundtruth"):
             if column(row, name, f"{path}, row {number}") in ("", []):
-                raise UserError(f"{path}, row {number}: column {name} is empty")
+                raise UserError(f"{where} {name} is empty")
+        for name in ("responses", "rationales"):
+            if not isinstance(row.get(name) or "", str):
+                raise UserError(f"{where} {name} is no string")
+        messages = [] if isinstance(row["queries"], str) else row["queries"]
+        if not isinstance(messages, list) or not all(
+                isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages):
+            raise UserError(f"{where} queries is neither a string nor a list of messages with role and content")
         if not isinstance(row["groundtruth"], str):
             row["groundtruth"] = json.dumps(row["groundtruth"])
     return rows
@@ -217,6 +227,8 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
         random.Random("validation").shuffle(order)
         held_out = set(order[:max(1, min(500, len(rows) // 10))])
         rows = [row for i, row in enumerate(rows) if (i in held_out) == (split == "validation")]
+    if not rows:
+        raise UserError(f"dataset {name}, split {split}: no rows")
     return rows
 
 
@@ -344,7 +356,7 @@ def extract_number(text: str) -> str | None:
     """
     for part, which in ((statement(text), 0), (last_boxed(text), 0), (text, -1)):
         if part and (found := NUMBER.findall(part)):
-            number = format(Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which]))), "f")  # any length, exactly
+            number = format(Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which]))), "f")  # exact
             number = number.rstrip("0").rstrip(".") if "." in number else number
             return "0" if number == "-0" else number
     return None
@@ -404,7 +416,7 @@ def math_equal(prediction: str, truth: str) -> bool:
     try:
         import math_verify
     except ImportError:
-        raise UserError("grader math needs the package math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+        raise UserError("grader math needs the package math-verify: pip install math-verify") from None
     gold, given = (math_verify.parse(f"${answer}$") for answer in (truth, prediction))
     return prediction == truth or math_verify.verify(gold, given)
 
@@ -412,10 +424,14 @@ def math_equal(prediction: str, truth: str) -> bool:
 GRADERS = ("number", "text", "json", "option", "math")
 
 
-def default_grader(name: str, rows: list[dict]) -> str:
-    """The dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one is an
-    object or array, else text."""
+def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
+    """`given`, or the dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one
+    is an object or array, else text."""
     truths = [row["groundtruth"] for row in rows]
+    if given == "option" and not all(isinstance(row.get("options"), list) for row in rows):
+        raise UserError("grader option: the rows have no column options, a list of texts; use another grader")
+    if given:
+        return given
     if DATASETS[name][1]:
         return DATASETS[name][1]
     if all(re.fullmatch(r"[-−]?[\d,]*\.?\d+", truth.strip()) for truth in truths):

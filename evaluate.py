@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-from data import (DATASETS, GRADERS, Example, UserError, answer_ids, decoder, default_grader, end_of_turn_id, grade,
+from data import (DATASETS, GRADERS, Example, UserError, answer_ids, choose_grader, decoder, end_of_turn_id, grade,
                   load_rows, make_examples, prompt_text)
 
 transformers_logging.set_verbosity_error()
@@ -59,8 +59,11 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device | str = "cpu"
         raise UserError(f"model {path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation,
-                                                     trust_remote_code=trust_remote_code, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
+            use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     except Exception as error:  # transformers raises dozens of types: no network, no config, a broken file, no access
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {path}: cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
@@ -114,6 +117,7 @@ def generate(
     device, rows = model.device, len(prompts) * num_samples
     width = max(map(len, prompts))
     slab_length, length = width + max_new_tokens + room, 0
+    wide = torch.promote_types(model.dtype, torch.float32)  # of log-probabilities
 
     class Slab(DynamicLayer):
         """One layer's keys and values, preallocated; live rows first. Rows that ended stay behind them, intact."""
@@ -154,11 +158,11 @@ def generate(
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
     for step in range(max_new_tokens):
         now = order[:live]
-        scores = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (live, V)
+        scores = (logits.to(wide) / (temperature or 1.0)).log_softmax(-1)  # (live, V)
         if temperature == 0:
             tokens = scores.argmax(-1)
         else:
-            cdf = scores.double().exp_().cumsum(-1)
+            cdf = scores.double().exp().cumsum(-1)
             tokens = torch.searchsorted(cdf, uniforms[now, step, None].double() * cdf[:, -1:], right=True)[:, 0]
             tokens = tokens.clamp(max=scores.shape[-1] - 1)
         picked = scores.gather(-1, tokens[:, None])[:, 0].tolist()
@@ -206,7 +210,7 @@ def generate(
     scored = [[] for _ in range(rows)]
     for slot, row in enumerate(order.tolist()):
         y = torch.tensor(chosen[row][1], device=device)
-        scored[row] = logits[slot, :len(y)].float().log_softmax(-1).gather(-1, y[:, None])[:, 0].tolist()
+        scored[row] = logits[slot, :len(y)].to(wide).log_softmax(-1).gather(-1, y[:, None])[:, 0].tolist()
     return [(out[i], logprobs[i], scored[i]) for i in range(rows)]
 
 
@@ -399,15 +403,16 @@ def key(default, help: str, choices: tuple | None = None):
     return dataclasses.field(**factory, metadata={"help": help, "choices": choices})
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message.removeprefix("argument --"))
+
+
 def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
     """Settings of the dataclass `cls`: its defaults < `below`, from a YAML file < the command line; --help lists them.
 
     UserError names an unknown key and the nearest known one, or the key whose value has the wrong type.
     """
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message.removeprefix("argument --"))
-
     def converter(field: dataclasses.Field) -> Callable[[str], object]:
         kind, *optional = typing.get_args(field.type) or (field.type,)
 
@@ -439,6 +444,14 @@ def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
     return cls(**vars(parser.parse_args(words + argv)))
 
 
+def check_range(settings, names: typing.Iterable[str], above: bool = True) -> None:
+    """UserError where one of the named settings is not finite, or not above 0 (above=False: not from 0 up)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (0 < value < float("inf") or value == 0 and not above):
+            raise UserError(f"{name}: {value} is not a number {'above 0' if above else 'from 0 up'}")
+
+
 def read_yaml(path: str) -> dict:
     """The keys of a YAML file; UserError where it cannot be read or holds anything else."""
     try:
@@ -467,10 +480,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError, FloatingPointError) as error:  # OSError: a file or disk that fails
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -496,6 +509,14 @@ class Settings:  # a trained model's run gives the defaults of the keys that it 
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of the samples")
     out: str | None = key(None, "JSON file of the result; default: evaluation-NAME.json in the run, or evaluation.json")
+
+    def __post_init__(self):
+        check_range(self, ("limit", "response_length", "per_device_eval_batch_size"))
+        check_range(self, ("num_samples", "temperature"), above=False)
+        if self.num_samples and not self.temperature:
+            raise UserError("temperature: 0 makes all num_samples samples the same; use a temperature above 0")
+        if self.out and not os.path.isdir(os.path.dirname(self.out) or "."):
+            raise UserError(f"out {self.out}: no such folder")
 
 
 def newest_run() -> str:
@@ -528,7 +549,7 @@ def main(argv: list[str], run: str | None = None) -> None:
     single_file = s.dataset_name == "jsonl" and s.dataset_path is not None and os.path.isfile(s.dataset_path)
     split = s.split or ("all" if single_file else "test")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)[:s.limit]
-    grader, device, results = s.grader or default_grader(s.dataset_name, rows), init_distributed(), {}
+    grader, device, results = choose_grader(s.grader, s.dataset_name, rows), init_distributed(), {}
     for label, folder in models.items():
         model, tokenizer = load_model(folder, resolve_dtype(s.dtype, device), device, s.attn_implementation,
                                       s.trust_remote_code)

@@ -15,11 +15,11 @@ Differences from the paper: an epoch is every prompt once (the released code cou
 unfinished rationale is taken from its own reward. From the released code: both terms are trained, stopping is an action
 with a probability, and z is scored as the ids that were sampled, at the temperature that it was sampled at.
 """
-import argparse
 import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import random
@@ -36,10 +36,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (DATASETS, GRADERS, Example, UserError, answer_ids, decoder, default_grader, embedded_model, load_rows,
+from data import (DATASETS, GRADERS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
                   make_examples)
-from evaluate import (Scorer, context_left, evaluate, generate, init_distributed, key, load_model, parse, rank,
-                      read_yaml, resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows, world_size)
+from evaluate import (Parser, Scorer, check_range, context_left, evaluate, generate, init_distributed, key, load_model,
+                      parse, rank, read_yaml, resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows,
+                      world_size)
 from evaluate import main as evaluate_main
 
 
@@ -92,19 +93,14 @@ class Config:
     seed: int = key(0, "of data order and sampling")
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "rloo_k",
-                     "response_length", "per_device_eval_batch_size", "num_evaluations", "num_train_epochs",
-                     "max_steps", "learning_rate"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name}: {getattr(self, name)} is not a number above 0")
-        for name in ("kl_coef", "sft_penalty", "max_grad_norm", "num_samples"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name}: {getattr(self, name)} is not a number from 0 up")
+        check_range(self, ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "rloo_k",
+                           "per_device_eval_batch_size", "response_length", "num_evaluations", "num_train_epochs",
+                           "max_steps", "learning_rate"))
+        check_range(self, ("kl_coef", "sft_penalty", "max_grad_norm", "num_samples"), above=False)
         if not 1 <= self.penalty_reward_value < float("inf"):
             raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1: a bonus, not a penalty")
         if self.objective == "latro":
-            if not 0 < self.temperature < float("inf"):
-                raise UserError(f"temperature: {self.temperature}; training samples, so it must be above 0")
+            check_range(self, ("temperature",))
             if self.rloo_k < 2:
                 raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more")
             if self.sequences % self.rloo_k:
@@ -122,7 +118,7 @@ class Config:
 
 def load_config(argv: list[str]) -> Config:
     """The settings of a command line; --config names a YAML file as given, or one in configs/ beside this file."""
-    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag = Parser(add_help=False, allow_abbrev=False)
     flag.add_argument("--config")
     flag, argv = flag.parse_known_args(argv)
     if not flag.config and not any(a.startswith(("--model_name_or_path", "--dataset_name")) for a in argv):
@@ -297,7 +293,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
         advantages = rloo_advantages(rewards.view(-1, config.rloo_k)).flatten()
 
     # loss: one pass with gradient over x⊕z⊕y
-    losses = torch.zeros(2, device=device)
+    losses = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         logprobs, count = score(policy, [rollouts[i] for i in batch], temperature, device)  # (b, 2)
         phi = answer_reward(logprobs[:, 1], lengths[batch].to(logprobs), config.reward if latro else "logprob")
@@ -309,11 +305,14 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
             gold = logprobs.detach().double().cpu()
             figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = gold[:, 0], gold[:, 1]
 
-    # update
+    # update: skipped on all ranks alike where a reward, loss or gradient of any rank is not finite
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")).full_tensor()
-    optimizer.step()
+    finite = (losses.isfinite().all() & norm.isfinite() & advantages.isfinite().all().to(device)).double()
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    if finite:
+        optimizer.step()
+        refresh(sampler, policy)
     optimizer.zero_grad()
-    refresh(sampler, policy)
     clock.append(time.perf_counter())
 
     figures |= {"ref_rationale_logprob": figures["rationale_logprob"] - kl, "kl": kl, "advantage": advantages,
@@ -322,8 +321,8 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     tokens = sum(len(r.ids) for r in rollouts)
     sums = {name: figures[name].sum().item() for name in LOGGED} | {"rollouts": len(rollouts), "tokens": tokens,
             "positions": positions, "needed": tokens * (1 + (reference is not None))}
-    per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "generate_s", "score_s", "train_s"),
-                        (*losses.tolist(), norm.item(), *(b - a for a, b in zip(clock, clock[1:])))))
+    per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "skipped", "generate_s", "score_s", "train_s"),
+                        (*losses.tolist(), norm.item(), 1 - finite.item(), *(b - a for a, b in zip(clock, clock[1:])))))
     return rollouts, figures, sums | {name: value * len(rollouts) for name, value in per_step.items()}
 
 
@@ -357,7 +356,8 @@ def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bo
     scorer = Scorer(model)
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
         dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)}
-    for layer in model.get_decoder().layers:
+    layers = next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList))
+    for layer in layers:
         fully_shard(layer, **options)
     return fully_shard(scorer, **options)
 
@@ -388,16 +388,23 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
         weight = parameter.detach().full_tensor()  # collective: every rank takes part
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
+    failure = [None]
     if rank() == 0:
         partial = folder + ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        sampler.save_pretrained(partial, state_dict=weights)
-        sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
-        sampler.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    dist.barrier()
+        try:
+            sampler.save_pretrained(partial, state_dict=weights)
+            sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
+            sampler.config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+        except Exception as error:  # OSError, or the safetensors library's own: most likely a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            failure = [f"{folder}: cannot be written ({error})"]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(failure[0])
 
 
 def write_config(path: str, config: Config) -> None:
@@ -412,9 +419,14 @@ def write_config(path: str, config: Config) -> None:
 
 
 def append(path: str, rows: list[dict]) -> None:
+    """Append rows to a JSONL file; a number that is not finite is null, as JSON has it."""
+    def clean(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     if rank() == 0:
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in rows:
+                file.write(json.dumps({k: clean(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
 
 
 def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Tensor], decode) -> list[dict]:
@@ -472,14 +484,21 @@ def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
     return [epoch_order(seed, i // count, count)[i % count] for i in range(consumed, consumed + n)]
 
 
-def train(config: Config, directory: str, model, tokenizer, device) -> None:
-    """Train `model` (on the CPU, in its own dtype) and fill the run directory."""
+def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Example]], str]:
+    """The tokenised training and validation rows, and the grader: all that can be wrong with data is wrong here."""
     limits = {"train": 16, "validation": 4} if config.sanity_check else {}
     rows = {split: load_rows(config.dataset_name, split, config.dataset_path)[:limits.get(split)]
             for split in ("train", "validation")}
+    grader = choose_grader(config.grader, config.dataset_name, rows["train"] + rows["validation"])
     context = context_left(model, config.response_length)
-    examples = {split: make_examples(tokenizer, rows[split], context) for split in rows}
-    grader = config.grader or default_grader(config.dataset_name, rows["train"])
+    return {split: make_examples(tokenizer, rows[split], context) for split in rows}, grader
+
+
+def train(config: Config, directory: str, model, tokenizer, examples: dict[str, list[Example]], grader: str,
+          device) -> None:
+    """Train `model` (on the CPU, in its own dtype) and fill the run directory."""
+    if rank() == 0:
+        write_config(os.path.join(directory, "config.yaml"), config)
     dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
     mesh = init_device_mesh(device.type, (world_size(),))
 
@@ -494,7 +513,7 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
     total_steps = config.max_steps or -(-int(config.num_train_epochs * count) // per_step)
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    best = 0.0
+    best, skipped_in_a_row = 0.0, 0
     log = start_wandb(config, directory)
     bar = tqdm(total=total_steps, desc=config.objective, unit="step", disable=rank() > 0)
 
@@ -526,6 +545,10 @@ def train(config: Config, directory: str, model, tokenizer, device) -> None:
         shown = rollouts if step == 1 else rollouts[:config.rloo_k]
         append(samples_path, sample_rows(step, shown, figures, decoder(tokenizer)))
         log(row)
+        skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
+        if skipped_in_a_row == 10:
+            raise FloatingPointError(f"step {step}: ten updates in a row had a reward, loss or gradient that is not "
+                                     f"finite; lower learning_rate; the best model so far is in {directory}/best")
         bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, "
                             f"length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
@@ -559,12 +582,14 @@ def make_directory(config: Config) -> str:
         while config.run_name is None and os.path.exists(directory):
             directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
         try:
+            if os.path.basename(name) != name:
+                raise UserError(f"run_name {name}: is a path; use output_dir for where, run_name for the name")
             if os.path.exists(os.path.join(directory, "config.yaml")):
                 raise UserError(f"{directory}: holds a run already; give another run_name, or delete it")
             os.makedirs(directory, exist_ok=True)
             choice = [directory]
         except OSError as error:
-            choice = [UserError(f"output_dir {config.output_dir}: {error.strerror}")]
+            choice = [UserError(f"output_dir {config.output_dir}: cannot be written ({error.strerror})")]
         except UserError as error:
             choice = [error]
     dist.broadcast_object_list(choice)
@@ -585,9 +610,8 @@ def make_embedded_base(folder: str, device) -> None:
     config.per_device_train_batch_size //= world_size()
     torch.manual_seed(config.seed)
     model, tokenizer = embedded_model()
-    if rank() == 0:
-        write_config(os.path.join(partial, "config.yaml"), config)
-    train(config, partial, model, tokenizer, device)
+    dist.barrier()
+    train(config, partial, model, tokenizer, *load_examples(config, model, tokenizer), device)
     if rank() == 0:
         os.rename(partial, run)
     dist.barrier()
@@ -601,11 +625,10 @@ def main(argv: list[str]) -> None:
         make_embedded_base(base, device)
     model, tokenizer = load_model(config.model_name_or_path, "auto", "cpu", config.attn_implementation,
                                   config.trust_remote_code)
+    examples, grader = load_examples(config, model, tokenizer)
     directory = make_directory(config)
     config.run_name = os.path.basename(directory)
-    if rank() == 0:
-        write_config(os.path.join(directory, "config.yaml"), config)
-    train(config, directory, model, tokenizer, device)
+    train(config, directory, model, tokenizer, examples, grader, device)
     # The closing evaluation is on rows that nothing was chosen on, where there are any: a single JSONL file has none.
     split = "validation" if config.dataset_name == "jsonl" and os.path.isfile(config.dataset_path) else "test"
     evaluate_main(["--split", split, *(["--limit", "4"] if config.sanity_check else [])], directory)

@@ -1,9 +1,15 @@
 """What the tests share: one process group, a tiny model, and the real model and data where they are at hand."""
+import glob
+import json
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
+
+if os.path.isdir(os.environ.get("SMOLLM2", ".")):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a model that is not there fails at once
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -51,3 +57,28 @@ def gsm8k():
     if "GSM8K" not in os.environ:
         pytest.skip("GSM8K is not set: a folder with GSM8K's train.jsonl and test.jsonl")
     return os.environ["GSM8K"]
+
+
+def script(name, *arguments, cwd, ranks=1, code=0):
+    """Run a script of the project in the folder cwd; returns what it printed."""
+    launch = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, os.path.join(ROOT, name), *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=500)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """`python latro.py` in an empty folder: (folder, run directory, what was printed)."""
+    folder = tmp_path_factory.mktemp("default")
+    printed = script("latro.py", cwd=folder)
+    [run] = glob.glob(f"{folder}/runs/cups-latro-*")
+    return folder, run, printed

@@ -216,4 +216,4 @@ def test_graders(grader, text, truth, correct):
 @pytest.mark.parametrize("truths, grader", [
     (["18", "-3.5", "1,000"], "number"), (["18", "Paris"], "text"), (['{"name": "f"}', "[1]"], "json")])
 def test_default_grader_of_a_jsonl(truths, grader):
-    assert data.default_grader("jsonl", [{"groundtruth": t} for t in truths]) == grader
+    assert data.choose_grader(None, "jsonl", [{"groundtruth": t} for t in truths]) == grader

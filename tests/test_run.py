@@ -3,36 +3,18 @@ import glob
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import rows, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 
 STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss", "sft_loss",
-             "grad_norm", "lr", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
+             "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
 EVALUATION_KEYS = {"step", "split", "n", "accuracy", "answer_logprob", "rationale_length", "finished"}
-
-
-def script(name, *arguments, cwd, ranks=1, code=0):
-    """Run a script of the project in the folder cwd; returns what it printed."""
-    launch = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launch, os.path.join(ROOT, name), *map(str, arguments)], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=500)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def check_run(run, steps):
@@ -48,15 +30,6 @@ def check_run(run, steps):
         "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "best", "final"}
     assert not glob.glob(f"{run}/*.partial")
     return updates, evaluations
-
-
-@pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """`python latro.py` in an empty folder: (folder, run directory, what was printed)."""
-    folder = tmp_path_factory.mktemp("default")
-    printed = script("latro.py", cwd=folder)
-    [run] = glob.glob(f"{folder}/runs/cups-latro-*")
-    return folder, run, printed
 
 
 def test_default_learns_to_track(default_run):

@@ -1,0 +1,183 @@
+"""Bad input: one line that names the culprit and the way out, exit code 2, nothing written or overwritten."""
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import latro
+from data import UserError, embedded_model, load_rows
+
+GOOD = {"queries": "The ball is under cup 1. Swaps: 1-2. Where is it?", "responses": "The answer is 2.", "groundtruth": "2"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, broken models, and good and broken data files."""
+    place = tmp_path_factory.mktemp("input")
+    model, tokenizer = embedded_model()
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    for name in ("no_weights", "cut_weights", "no_tokenizer", "small_embedding", "no_eos", "missing_weights", "bad_config"):
+        shutil.copytree(place / "model", place / name)
+    os.remove(place / "no_weights/model.safetensors")
+    with open(place / "cut_weights/model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    os.remove(place / "no_tokenizer/tokenizer.json")
+    os.remove(place / "no_tokenizer/tokenizer_config.json")
+    (place / "bad_config/config.json").write_text("{")
+    weights = load_file(place / "missing_weights/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, place / "missing_weights/model.safetensors", {"format": "pt"})
+    tokenizer.add_tokens([f"extra{i}" for i in range(9)])
+    tokenizer.save_pretrained(place / "small_embedding")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := place / "no_eos" / name).exists():
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+
+    def write(name, *rows):
+        (place / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+    write("good.jsonl", *[GOOD] * 20)
+    write("empty.jsonl")
+    write("one.jsonl", GOOD)
+    write("broken.jsonl", GOOD, GOOD, '{"queries": ')
+    write("list.jsonl", GOOD, "[1]")
+    write("no_column.jsonl", GOOD, {k: v for k, v in GOOD.items() if k != "responses"})
+    write("empty_answer.jsonl", GOOD, GOOD | {"responses": ""})
+    write("empty_query.jsonl", GOOD, GOOD | {"queries": []})
+    write("number_answer.jsonl", GOOD, GOOD | {"responses": 5})
+    write("bad_messages.jsonl", GOOD, GOOD | {"queries": [{"role": "user"}]})
+    write("bad_rationale.jsonl", GOOD, GOOD | {"rationales": 3})
+    write("null.jsonl", GOOD, GOOD | {"groundtruth": None})
+    write("long.jsonl", *[GOOD] * 19, GOOD | {"queries": "cup " * 400})
+    (place / "latin.jsonl").write_bytes('{"queries": "é"}'.encode("latin-1"))
+    for name in ("gsm", "arc", "math", "nothing"):
+        (place / name).mkdir()
+    write("gsm/train.jsonl", {"problem": "1+1?"})
+    write("arc/train.jsonl", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"})
+    write("math/train.jsonl", {"problem": "p", "solution": "no box"})
+    write("list.yaml", "- 1")
+    write("broken.yaml", "a: [")
+    write("unknown.yaml", "learnin_rate: 1")
+    write("typed.yaml", "rloo_k: many")
+    (place / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (place / "runs/held").mkdir(parents=True)
+    write("runs/held/config.yaml", "dataset_name: cups")
+    write("a_file", "x")
+    return place
+
+
+JSONL = "--dataset_name jsonl --dataset_path "
+TRAINING = [  # arguments of latro.py → what the line must say
+    ("--learning_rat 1", "learning_rat: unknown key; did you mean learning_rate"), ("--qqq 1", "qqq: unknown key; --help"),
+    ("--rloo_k many", "rloo_k.*many"), ("--rloo_k 2.5", "rloo_k.*2.5"), ("--learning_rate fast", "learning_rate.*fast"),
+    ("--sanity_check maybe", "sanity_check.*maybe"), ("--objective ppo", "objective.*ppo"), ("--reward none", "reward.*none"),
+    ("--stop_token end", "stop_token.*end"), ("--dtype int8", "dtype.*int8"), ("--seed", "seed"), ("stray", "stray"),
+    ("--rloo_k 1", "rloo_k: 1 .*baseline"), ("--rloo_k 3", "rloo_k: 3 does not divide"), ("--rloo_k 0", "rloo_k"),
+    ("--temperature 0", "temperature: 0"), ("--temperature -1", "temperature"), ("--temperature nan", "temperature"),
+    ("--kl_coef -0.1", "kl_coef"), ("--kl_coef nan", "kl_coef"), ("--sft_penalty inf", "sft_penalty"),
+    ("--max_steps 0", "max_steps"), ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
+    ("--penalty_reward_value 0.5", "penalty_reward_value"), ("--num_train_epochs 0", "num_train_epochs"),
+    ("--response_length 0", "response_length"), ("--num_samples -1", "num_samples"), ("--num_evaluations 0", "num_evaluations"),
+    ("--max_grad_norm -1", "max_grad_norm"), ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
+    ("--config missing.yaml", "missing.yaml"), ("--config list.yaml", "list.yaml"), ("--config broken.yaml", "broken.yaml"),
+    ("--config binary.yaml", "binary.yaml"), ("--config unknown.yaml", "learnin_rate: unknown key; did you mean learning_rate"),
+    ("--config typed.yaml", "rloo_k.*many"), ("--config", "config"),
+    ("--dataset_name gsm9k", "gsm9k: unknown; choose one of"), ("--dataset_name jsonl", "needs dataset_path"),
+    (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
+    (JSONL + "one.jsonl", "1 training rows"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"), (JSONL + "list.jsonl", "line 2"),
+    (JSONL + "no_column.jsonl", "row 2: no column responses"), (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
+    (JSONL + "empty_query.jsonl", "row 2: column queries is empty"), (JSONL + "number_answer.jsonl", "row 2: column responses"),
+    (JSONL + "bad_messages.jsonl", "row 2: column queries"), (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
+    (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"), (JSONL + "latin.jsonl", "UTF-8"),
+    (JSONL + "nothing", "nothing"), ("--dataset_name gsm8k --dataset_path gsm", "no column (question|answer)"),
+    ("--dataset_name arc_challenge --dataset_path arc", "answerKey"), ("--dataset_name math --dataset_path math", "math"),
+    (JSONL + "good.jsonl --grader option", "grader option"), (JSONL + "good.jsonl --grader guess", "grader.*guess"),
+    (JSONL + "good.jsonl --model_name_or_path ./nowhere", "nowhere: no such folder"),
+    (JSONL + "good.jsonl --model_name_or_path a_file", "a_file: no such folder"),
+    (JSONL + "good.jsonl --model_name_or_path no/body", "model no/body: cannot be loaded"),
+    *[(JSONL + f"good.jsonl --model_name_or_path {name}", name) for name in (
+        "nothing", "no_weights", "cut_weights", "no_tokenizer", "small_embedding", "missing_weights", "bad_config")],
+    (JSONL + "good.jsonl --model_name_or_path no_eos", "EOS"),
+    (JSONL + "good.jsonl --run_name held", "runs/held: holds a run already"),
+    (JSONL + "good.jsonl --output_dir a_file", "a_file"), (JSONL + "good.jsonl --run_name a/b", "run_name"),
+    (JSONL + "good.jsonl --attn_implementation sdpaa", "sdpaa"),
+]
+JUDGING = [
+    ("", "no trained run"), ("--model model", "dataset_name"), ("--model ./nowhere --dataset_name cups", "nowhere"),
+    ("--model model --dataset_name cup", "did you mean|choose one of"), ("--modle model", "did you mean model"),
+    ("--model model --dataset_name cups --split dev", "split dev"), ("--model model --dataset_name cups --few_shot 8", "few_shot"),
+    ("--model model --dataset_name gsm8k --few_shot 9", "few_shot"), ("--model model --dataset_name cups --limit 0", "limit"),
+    ("--model model --dataset_name cups --num_samples -1", "num_samples"),
+    ("--model model --dataset_name cups --num_samples 2 --temperature 0", "temperature"),
+    ("--model model --dataset_name cups --response_length -1", "response_length"),
+    ("--model model --dataset_name cups --limit 2 --out nowhere/x.json", "nowhere/x.json"),
+]
+
+
+def contents(folder):
+    found = {}
+    for path, _, files in os.walk(folder):
+        found[path] = None
+        for name in files:
+            with open(os.path.join(path, name), "rb") as file:
+                found[os.path.join(path, name)] = file.read()
+    return found
+
+
+@pytest.mark.parametrize("main, arguments, says", [(latro.main, *case) for case in TRAINING] +
+                         [(evaluate.main, *case) for case in JUDGING])
+def test_bad_input(place, monkeypatch, main, arguments, says):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = contents(place)
+    words = arguments.split()
+    if main is latro.main and "--config" not in words:
+        words = ["--response_length", "8", "--model_name_or_path", "model", *words]
+    elif main is evaluate.main:
+        words = ["--response_length", "8", *words]
+    with pytest.raises(UserError, match=says) as caught:
+        main(words)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("name, says", [("latro.py", "objective"), ("evaluate.py", "objective")])
+def test_one_line_and_exit_code_2(place, name, says):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, name), "--objective", "ppo"], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and says in line
+
+
+def test_no_space_left_on_the_device(place, monkeypatch):
+    """The disk fills while the best model is written: one line, and no half-written folder."""
+    monkeypatch.chdir(place)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    arguments = (JSONL + "good.jsonl --model_name_or_path model --max_steps 1 --response_length 8 --run_name full").split()
+    with pytest.raises(UserError, match="full/best: cannot be written.*No space left on device"):
+        latro.main(arguments)
+    assert not os.path.exists(place / "runs/full/best") and not os.path.exists(place / "runs/full/best.partial")
+    shutil.rmtree(place / "runs/full")
+
+
+def test_math_verify_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    from data import grade
+    with pytest.raises(UserError, match="pip install"):
+        grade("math", r"\boxed{1}", {"groundtruth": "2"})
+
+
+def test_good_rows_load(place):
+    assert len(load_rows("jsonl", "all", str(place / "good.jsonl"))) == 20

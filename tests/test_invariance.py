@@ -1,0 +1,152 @@
+"""Loss and every gradient are the same however the work is cut: padding, order, micro-batches, ranks, checkpointing."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import latro
+from evaluate import world_size
+
+
+class Gradients:
+    """Stands in for the optimizer: keeps the gradients of the step."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def step(self):
+        self.gradients = [p.grad.full_tensor().clone() for p in self.policy.parameters()]
+
+    def zero_grad(self):
+        for parameter in self.policy.parameters():
+            parameter.grad = None
+
+
+def make_policy(model, gradient_checkpointing=False):
+    mesh = init_device_mesh("cpu", (world_size(),))
+    return latro.shard(latro.plain_copy(model, model.dtype, "cpu"), model.dtype, mesh, gradient_checkpointing)
+
+
+def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, gradient_checkpointing=False, **settings):
+    """(rollouts, figures, sums, gradients) of one update from `model`, against a reference that differs from it."""
+    config = latro.Config(**{"rloo_k": 4, "response_length": 12, "per_device_train_batch_size": 8, "temperature": 1.3,
+                             "gradient_accumulation_steps": 1, "rollout_batch_size": 64, "max_grad_norm": 0.0,
+                             "kl_coef": 0.1, "stop_seqs": [" cup"]} | settings)
+    policy, reference = make_policy(model, gradient_checkpointing), latro.plain_copy(model, model.dtype, "cpu")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter *= 1.1
+    sampler, optimizer = latro.plain_copy(model, model.dtype, "cpu"), Gradients(policy)
+    if rollouts is not None:
+        monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
+    keys = [f"key {i}" for i in range(len(examples))]
+    result = latro.update(policy, make_policy(reference), sampler, optimizer, tokenizer, examples, keys, config, "cpu")
+    return *result, optimizer.gradients
+
+
+def assert_same(a, b, rtol):
+    """Losses and gradients of two updates, relative to the size of each gradient."""
+    for name in ("policy_loss", "sft_loss", "reward", "kl"):
+        assert a[2][name] / a[2]["rollouts"] == pytest.approx(b[2][name] / b[2]["rollouts"], rel=rtol, abs=rtol)
+    for x, y in zip(a[3], b[3], strict=True):
+        assert (x - y).norm() <= rtol * max(x.norm(), 1e-3)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def start(request, tiny, cups):
+    """(model, tokenizer, examples, tolerance); GPT-2 in float64, because Llama's norm always computes in float32."""
+    if request.param == "float32":
+        return tiny[0], tiny[1], cups[:2], 1e-5
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny[1]), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=2,
+                                       bos_token_id=None, initializer_range=0.3)).double().eval()
+    return model, tiny[1], cups[:2], 1e-10
+
+
+def test_micro_batches_order_and_padding(start, monkeypatch):
+    model, tokenizer, examples, rtol = start
+    whole = one_update(model, tokenizer, examples)
+    rollouts = whole[0]
+    assert len({len(r.ids) for r in rollouts}) > 3 and any(not r.finished for r in rollouts) and any(r.finished for r in rollouts)
+    for size in (1, 3, 4):
+        assert_same(one_update(model, tokenizer, examples, monkeypatch, rollouts, per_device_train_batch_size=size,
+                               gradient_accumulation_steps=8 if size == 1 else 4), whole, rtol)
+    swapped = one_update(model, tokenizer, examples[::-1], monkeypatch, rollouts[4:][::-1] + rollouts[:4])
+    assert_same(swapped, whole, rtol)
+    logprobs = [latro.score(latro.Scorer(model), batch, 1.3, "cpu")[0][:1] for batch in (rollouts[:1], rollouts)]
+    torch.testing.assert_close(*logprobs, rtol=rtol, atol=rtol)
+
+
+def test_gradient_checkpointing(start, monkeypatch):
+    model, tokenizer, examples, rtol = start
+    whole = one_update(model, tokenizer, examples)
+    assert_same(one_update(model, tokenizer, examples, monkeypatch, whole[0], gradient_checkpointing=True), whole, rtol)
+
+
+def test_gradient_is_that_of_a_slow_reference(start):
+    """The whole update against plain autograd, rollout by rollout, with the advantages of the logged rewards."""
+    model, tokenizer, examples, rtol = start
+    rollouts, figures, _, gradients = one_update(model, tokenizer, examples)
+    total = 0
+    for i, r in enumerate(rollouts):
+        group = figures["reward"][i // 4 * 4:i // 4 * 4 + 4]
+        advantage = (figures["reward"][i] - (group.sum() - figures["reward"][i]) / 3).item()
+        x, n = r.example.prompt, len(r.rationale)
+        logits = model(torch.tensor([r.ids])).logits[0]
+        z = (logits / 1.3).log_softmax(-1)[[len(x) - 1 + t for t in range(len(r.actions))], r.actions].sum()
+        y = logits.log_softmax(-1)[[len(x) + n - 1 + t for t in range(len(r.answer))], r.answer].sum()
+        assert figures["answer_logprob"][i].item() == pytest.approx(y.item(), rel=1e-4)
+        assert figures["rationale_logprob"][i].item() == pytest.approx(z.item(), rel=1e-4)
+        total = total - (advantage * z + y) / len(rollouts)
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours - theirs).norm() <= 10 * rtol * max(theirs.norm(), 1e-3)
+
+
+def test_cached_scores_are_those_of_a_full_pass(start):
+    model, tokenizer, examples, rtol = start
+    rollouts, figures, *_ = one_update(model, tokenizer, examples)
+    fresh = latro.score(latro.Scorer(model), rollouts, 1.3, "cpu")[0].detach().double()
+    for i, name in enumerate(("rationale_logprob", "answer_logprob")):
+        torch.testing.assert_close(figures[name], fresh[:, i], rtol=10 * rtol, atol=10 * rtol)
+
+
+def test_one_rank_and_two(start, tmp_path):
+    """Two ranks, a prompt each, against one rank with both."""
+    model, tokenizer, examples, rtol = start
+    whole = one_update(model, tokenizer, examples)
+    torch.save({"model": model, "tokenizer": tokenizer, "examples": examples, "rollouts": whole[0]}, tmp_path / "start.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True)
+    loaded = torch.load(tmp_path / "two.pt", weights_only=True)
+    shares = json.load(open(tmp_path / "shares.json"))
+    assert shares == [pytest.approx(0.5, abs=0.05)] * 2  # each rank holds half of the weights
+    for x, y in zip(loaded, whole[3], strict=True):
+        assert (x - y).norm() <= rtol * max(y.norm(), 1e-3)
+
+
+def on_two_ranks(folder):
+    from evaluate import init_distributed, rank
+    init_distributed()
+    start = torch.load(f"{folder}/start.pt", weights_only=False)
+    examples, rollouts = start["examples"][rank():rank() + 1], start["rollouts"][4 * rank():4 * rank() + 4]
+    latro.sample_rollouts = lambda *arguments: rollouts
+    policy = make_policy(start["model"])
+    held = sum(p.to_local().numel() for p in policy.parameters()) / sum(p.numel() for p in policy.parameters())
+    shares = [None, None]
+    torch.distributed.all_gather_object(shares, held)
+    *_, gradients = one_update(start["model"], start["tokenizer"], examples, per_device_train_batch_size=4)
+    if rank() == 0:
+        torch.save(gradients, f"{folder}/two.pt")
+        json.dump(shares, open(f"{folder}/shares.json", "w"))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    on_two_ranks(sys.argv[1])

@@ -1,0 +1,97 @@
+"""Numerical trouble, determinism, and what must never reach the run directory."""
+import glob
+import math
+import os
+
+import pytest
+import torch
+from conftest import rows, script
+from safetensors.torch import load_file
+
+import latro
+
+SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--num_samples", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(default_run):
+    return default_run[0]
+
+
+def weights(run):
+    return load_file(f"{run}/final/model.safetensors")
+
+
+def steps(run):
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(f"{run}/metrics.jsonl") if "split" not in row]
+
+
+def test_two_runs_are_one(folder):
+    """Same seed, same machine: the same bytes, timings aside; and evaluating more often changes no training step."""
+    for name, evaluations in (("once", 2), ("again", 2), ("often", 6)):
+        script("latro.py", *SHORT, "--num_evaluations", evaluations, "--run_name", name, cwd=folder)
+    once, again, often = (f"{folder}/runs/{name}" for name in ("once", "again", "often"))
+    read = [[{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(f"{run}/metrics.jsonl")] for run in (once, again)]
+    assert read[0] == read[1] and open(f"{once}/samples.jsonl").read() == open(f"{again}/samples.jsonl").read()
+    assert steps(once) == steps(often)
+    for run in (again, often):
+        assert all(torch.equal(a, b) for a, b in zip(weights(once).values(), weights(run).values(), strict=True))
+    script("latro.py", *SHORT, "--seed", 1, "--run_name", "other", cwd=folder)
+    assert steps(once)[0]["reward"] != steps(f"{folder}/runs/other")[0]["reward"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_that_are_not_finite_are_skipped_and_counted(folder, monkeypatch, dtype):
+    """The third and fourth updates have a loss that is not finite: the weights stay, and the run goes on."""
+    monkeypatch.chdir(folder)
+    loss, calls = latro.latro_loss, []
+
+    def sometimes_infinite(*arguments):
+        calls.append(1)
+        policy_loss, sft_loss = loss(*arguments)
+        return policy_loss * (float("inf") if (len(calls) - 1) // 4 in (2, 3) else 1), sft_loss  # 4 micro-batches a step
+
+    monkeypatch.setattr(latro, "latro_loss", sometimes_infinite)
+    latro.main([*map(str, SHORT), "--dtype", dtype, "--run_name", f"trouble-{dtype}"])
+    updates = steps(f"runs/trouble-{dtype}")
+    assert [row["skipped"] for row in updates] == [0, 0, 1, 1, 0, 0]
+    assert all(math.isfinite(row["grad_norm"]) for row in updates if not row["skipped"])
+    assert updates[2]["policy_loss"] is None and updates[2]["sft_loss"] is not None
+    assert all(w.isfinite().all() for w in weights(f"runs/trouble-{dtype}").values())
+
+
+@pytest.mark.parametrize("where", ["reward", "gradient"])
+def test_ten_in_a_row_end_the_run(folder, monkeypatch, where):
+    monkeypatch.chdir(folder)
+    place, name = {"reward": (latro, "rollout_rewards"), "gradient": (torch.nn.utils, "clip_grad_norm_")}[where]
+    right, calls = getattr(place, name), []
+
+    def nan_from_the_third_on(*arguments):
+        calls.append(1)
+        return right(*arguments) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(place, name, nan_from_the_third_on)
+    run = f"runs/end-{where}"
+    with pytest.raises(FloatingPointError, match="step 12: ten updates in a row"):
+        latro.main([*map(str, SHORT), "--max_steps", "40", "--num_evaluations", "20", "--run_name", f"end-{where}"])
+    assert [row["skipped"] for row in steps(run)] == [0, 0] + [1] * 10
+    assert all(w.isfinite().all() for w in load_file(f"{run}/best/model.safetensors").values())
+
+
+def test_no_secret_reaches_the_run_or_the_screen(folder, monkeypatch):
+    secrets = {"HF_TOKEN": "hf_planted0token", "WANDB_API_KEY": "planted0wandb0key", "MY_PASSWORD": "planted0password"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    printed = script("latro.py", *SHORT, "--max_steps", 1, "--num_evaluations", 1, "--run_name", "secret", cwd=folder)
+    texts = [printed.encode()] + [open(path, "rb").read() for path in glob.glob(f"{folder}/runs/secret/**", recursive=True)
+                                  if os.path.isfile(path)]
+    assert len(texts) > 10 and not any(value.encode() in text for value in secrets.values() for text in texts)
+
+
+def test_nothing_unpickles_or_trusts():
+    """Weights are safetensors, YAML is read safely, and a model's own code runs by an explicit key only."""
+    sources = {name: open(os.path.join(os.path.dirname(latro.__file__), name)).read() for name in ("data.py", "evaluate.py", "latro.py")}
+    for text in sources.values():
+        assert "torch.load" not in text and "yaml.load" not in text and "trust_remote_code=True" not in text and "pickle" not in text
+    assert "use_safetensors=True" in sources["evaluate.py"]
+    assert latro.Config().trust_remote_code is False
