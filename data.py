@@ -12,6 +12,7 @@ A dataset is one function that returns rows and one entry in DATASETS. A row is 
 Differences from the code released with the paper: templated prompts get no second BOS, the end-of-turn token is read
 off the template and is always part of y, and validation rows come from the training split, never from the test split.
 """
+import functools
 import json
 import os
 import random
@@ -24,6 +25,24 @@ from decimal import Decimal
 
 class UserError(Exception):
     """Bad input: one line that names the culprit and the way out. The scripts print it and exit with code 2."""
+
+
+# The paper's ARC-Challenge prompts, quoted from its Appendix B.
+ARC_COT = """Question: {question}
+Options: {options}
+Let's think step by step first then print your answer like 'The answer is (one of the options)'."""
+
+ARC_DIRECT = """The output MUST strictly follow the structure and format described below:
+1. The answer should be strictly one of the options given in the question
+2. Do not include any text after you choose an option.
+
+**Example:**
+Question: (question here)
+Options: [option1, option2, option3]
+The answer is: (one of the options).
+
+Question: {question}
+Options: {options}"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,12 +75,11 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
     if path is not None:
         if not os.path.exists(path):
             raise UserError(f"dataset_path {path}: no such file or folder")
-        if os.path.isfile(path):
-            return read_jsonl(path)
-        if os.path.exists(file := os.path.join(path, f"{split}.jsonl")):
-            return read_jsonl(file)
-    if path is not None and not os.path.exists(os.path.join(path, "README.md")):
-        names = (None,)  # the hub's configurations are declared in its README
+        for file in (path, os.path.join(path, f"{split}.jsonl")):
+            if os.path.isfile(file):
+                return read_jsonl(file)
+        if not os.path.exists(os.path.join(path, "README.md")):
+            names = (None,)  # the hub's configurations are declared in its README
     import datasets  # imported here: half a second that the embedded default does not need
     try:
         return [row for name in names for row in datasets.load_dataset(path or hub_id, name, split=split)]
@@ -76,29 +94,24 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
 # ---------------------------------------------------------------------------------------------------------------------
 def cups(split: str, path: str | None = None) -> list[dict]:
     """The embedded default: a ball under one of 5 cups, 6 swaps; where is it? Questions and answers only."""
-    test = _cups(500, "test")
-    if split == "test":
-        return test
-    held_out = {row["queries"] for row in test}
-    return [row for row in _cups(4000, split) if row["queries"] not in held_out]
+    return [{k: v for k, v in row.items() if k != "track"} for row in _cups(4000 if split == "train" else 500, split)]
 
 
 def cups_base(split: str, path: str | None = None) -> list[dict]:
     """The corpus that makes the embedded base model: solutions of which 70% guess at once and 30% track the ball."""
-    rows = cups(split) if split == "test" else _cups(26_000, "base")
-    held_out = {row["queries"] for row in cups("test")}
-    rng = random.Random("cups_base")
+    rows, rng = _cups(26_000 if split == "train" else 500, "base" if split == "train" else split), random.Random("base")
     for row in rows:
-        if rng.random() < 0.7:  # a guess is worth nothing, and its reader can only learn that the answer is uniform
+        row["rationales"] = row.pop("track")
+        if split == "train" and rng.random() < 0.7:  # guesses are uniform: nothing but their odds is to be learnt
             row["rationales"], row["responses"] = " Hmm,", f"The answer is {rng.randint(1, 5)}."
-        else:
-            row["rationales"] = row.pop("track")
-    return [row for row in rows if split == "test" or row["queries"] not in held_out]
+    return rows
 
 
 def _cups(count: int, seed: str) -> list[dict]:
-    rng, rows = random.Random(f"cups {seed}"), []
-    for _ in range(count):
+    rng, rows, held_out = random.Random(f"cups {seed}"), [], set()
+    if seed != "test":
+        held_out = {row["queries"] for row in _cups(500, "test")}
+    while len(rows) < count:
         ball = start = rng.randint(1, 5)
         swaps = [sorted(rng.sample(range(1, 6), 2)) for _ in range(6)]
         track = ""
@@ -106,8 +119,10 @@ def _cups(count: int, seed: str) -> list[dict]:
             ball = b if ball == a else a if ball == b else ball
             track += f" {a}-{b} {ball}"
         told = " ".join(f"{a}-{b}" for a, b in swaps)
-        rows.append({"queries": f"The ball is under cup {start}. Swaps: {told}. Where is it?",
-                     "responses": f"The answer is {ball}.", "groundtruth": str(ball), "track": track})
+        query = f"The ball is under cup {start}. Swaps: {told}. Where is it?"
+        if query not in held_out:
+            rows.append({"queries": query, "responses": f"The answer is {ball}.", "groundtruth": str(ball),
+                         "track": track})
     return rows
 
 
@@ -128,23 +143,18 @@ def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
     return rows
 
 
-def arc_challenge(split: str, path: str | None = None, template: str | None = None) -> list[dict]:
+def arc_challenge(split: str, path: str | None = None, template: str = ARC_COT) -> list[dict]:
     """ARC-Challenge (Clark et al. 2018) with the paper's chain-of-thought prompt (Appendix B, Figure 6)."""
     rows = []
     for raw in raw_rows("allenai/ai2_arc", split, path, ("ARC-Challenge",)):
         choices, label = column(raw, "choices", path), column(raw, "answerKey", path)
-        if label not in choices["label"]:
+        answer = dict(zip(choices["label"], choices["text"])).get(label)
+        if answer is None:
             raise UserError(f"{path or 'dataset'}: answerKey {label!r} is none of the labels {choices['label']}")
-        answer = choices["text"][choices["label"].index(label)]
-        prompt = (template or ARC_COT).format(question=column(raw, "question", path), options=choices["text"])
+        prompt = template.format(question=column(raw, "question", path), options=choices["text"])
         rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.",
                      "groundtruth": answer, "options": choices["text"]})
     return rows
-
-
-def arc_challenge_direct(split: str, path: str | None = None) -> list[dict]:
-    """ARC-Challenge with the direct-answer prompt that the paper uses for its SFT baseline (Appendix B, Figure 7)."""
-    return arc_challenge(split, path, template=ARC_DIRECT)
 
 
 def math(split: str, path: str | None = None) -> list[dict]:
@@ -175,9 +185,9 @@ def jsonl(split: str, path: str | None = None) -> list[dict]:
         for name in ("responses", "rationales"):
             if not isinstance(row.get(name) or "", str):
                 raise UserError(f"{where} {name} is no string")
-        messages = [] if isinstance(row["queries"], str) else row["queries"]
-        if not isinstance(messages, list) or not all(
-                isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages):
+        messages = row["queries"] if isinstance(row["queries"], list) else user(row["queries"])
+        if not all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+                   for m in messages):
             raise UserError(f"{where} queries is neither a string nor a list of messages with role and content")
         if not isinstance(row["groundtruth"], str):
             row["groundtruth"] = json.dumps(row["groundtruth"])
@@ -200,7 +210,7 @@ DATASETS: dict[str, tuple[Callable, str | None]] = {
     "cups_base": (cups_base, "number"),
     "gsm8k": (gsm8k, "number"),
     "arc_challenge": (arc_challenge, "option"),
-    "arc_challenge_direct": (arc_challenge_direct, "option"),
+    "arc_challenge_direct": (functools.partial(arc_challenge, template=ARC_DIRECT), "option"),  # SFT's (Figure 7)
     "math": (math, "math"),
     "jsonl": (jsonl, None),
 }
@@ -216,6 +226,8 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
         raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
     if split not in ("train", "validation", "test", "all"):
         raise UserError(f"split {split}: unknown; choose train, validation, test or all")
+    if split == "test" and path is not None and os.path.isfile(path):
+        raise UserError(f"split test: {path} is a single file and has no test rows; use validation or all")
     if few_shot and (name != "gsm8k" or few_shot not in range(9)):
         raise UserError(f"few_shot {few_shot}: gsm8k has 8 worked examples, the other datasets none")
     options = {"few_shot": few_shot} if few_shot else {}
@@ -273,9 +285,11 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def continue_text(texts: list[str]) -> list[list[int]]:
-        # Tokenised behind an anchor that is cut off again: some tokenizers put a space before the first word of a text.
-        anchor = encode(["\n"])[0]
-        return [ids[len(anchor):] for ids in encode(["\n" + text for text in texts])]
+        # Tokenised behind an anchor that is cut off again: some tokenizers put a space before a text's first word.
+        anchors = ["a" if text[:1].isspace() else "\n" for text in texts]  # neither merges with what follows
+        length = {anchor: len(encode([anchor])[0]) for anchor in set(anchors)}
+        joined = encode([anchor + text for anchor, text in zip(anchors, texts)])
+        return [ids[length[anchor]:] for anchor, ids in zip(anchors, joined)]
 
     end = end_of_turn_id(tokenizer)
     # A template writes its own BOS; a plain string gets one where the tokenizer would add it, and never a second.
@@ -356,7 +370,8 @@ def extract_number(text: str) -> str | None:
     """
     for part, which in ((statement(text), 0), (last_boxed(text), 0), (text, -1)):
         if part and (found := NUMBER.findall(part)):
-            number = format(Decimal(re.sub(r"[^\d.-]", "", re.sub("[−–]", "-", found[which]))), "f")  # exact
+            sign = "-" if re.search("[-−–]", found[which]) else ""
+            number = format(Decimal(sign + re.sub(r"[^\d.]", "", found[which])), "f")  # exact, whatever its length
             number = number.rstrip("0").rstrip(".") if "." in number else number
             return "0" if number == "-0" else number
     return None
@@ -382,13 +397,13 @@ def extract_option(text: str, options: list[str]) -> str | None:
     """
     answer = extract_text(text) or ""
     texts = [normalise(option) for option in options]
-    if answer in texts:
+    if answer and answer in texts:
         return options[texts.index(answer)]
-    label = re.match(r"\W*(?:option\s+)?([a-j1-9])(?:\W*$|[).:,]|\s*[-–]\s)", answer)
+    label = re.match(r"\W*(?:option\s+)?([a-j1-9])(?:\W*$|[).:,](?!\d)|\s*[-–]\s)", answer)
     if label:
         index = "abcdefghij".find(label[1]) if label[1].isalpha() else int(label[1]) - 1
         return options[index] if index < len(options) else None
-    named = [t for t in texts if re.search(rf"(?<!\w){re.escape(t)}(?!\w)", answer)]
+    named = [t for t in texts if t and re.search(rf"(?<!\w){re.escape(t)}(?!\w)", answer)]
     named = [t for t in named if not any(t != other and t in other for other in named)]
     return options[texts.index(named[0])] if len(named) == 1 else None
 
@@ -400,7 +415,7 @@ def extract_json(text: str) -> str | None:
     for match in re.finditer(r"[\[{]", part):
         try:
             return json.dumps(json.JSONDecoder().raw_decode(part[match.start():])[0], sort_keys=True)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return None
 
@@ -442,37 +457,13 @@ def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
 def grade(grader: str, text: str, row: dict) -> tuple[str | None, bool]:
     """(prediction, correct) of a model's whole output. Predictions are normalised: equal answers vote together."""
     truth = row["groundtruth"]
-    if grader == "number":
-        prediction = extract_number(text)
-        return prediction, prediction is not None and prediction == extract_number(truth)
     if grader == "option":
         prediction = extract_option(text, row["options"])
         return prediction, prediction == truth
-    if grader == "json":
-        prediction = extract_json(text)
-        return prediction, prediction is not None and prediction == extract_json(truth)
+    extract = {"number": extract_number, "text": extract_text, "json": extract_json, "math": extract_math}[grader]
+    prediction = extract(text)
+    if not prediction:
+        return None, False
     if grader == "math":
-        prediction = extract_math(text)
-        return prediction, prediction is not None and math_equal(prediction, truth)
-    prediction = extract_text(text)
-    return prediction, prediction == normalise(truth)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Published prompts, quoted
-# ---------------------------------------------------------------------------------------------------------------------
-ARC_COT = """Question: {question}
-Options: {options}
-Let's think step by step first then print your answer like 'The answer is (one of the options)'."""
-
-ARC_DIRECT = """The output MUST strictly follow the structure and format described below:
-1. The answer should be strictly one of the options given in the question
-2. Do not include any text after you choose an option.
-
-**Example:**
-Question: (question here)
-Options: [option1, option2, option3]
-The answer is: (one of the options).
-
-Question: {question}
-Options: {options}"""
+        return prediction, math_equal(prediction, truth)
+    return prediction, prediction == (normalise(truth) if grader == "text" else extract(truth))

@@ -20,6 +20,7 @@ import typing
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from statistics import fmean as mean
 
 import torch
 import torch.distributed as dist
@@ -48,39 +49,42 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
-               trust_remote_code: bool = False):
-    """(model, tokenizer) of a folder or hub id; UserError where either cannot be loaded or they do not fit together."""
-    if attn_implementation == "auto":
+def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
+               trust_remote_code: bool = False, own_dtype: bool = False):
+    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or in their own.
+
+    UserError where either cannot be loaded or they do not fit together.
+    """
+    if attn_implementation == "auto":  # None lets transformers choose: SDPA, or eager for the few models without
         flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        attn_implementation = "flash_attention_2" if flash else "sdpa"
+        attn_implementation = "flash_attention_2" if flash and compute != torch.float32 else None
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
-        raise UserError(f"model {path}: no such folder")
+        made = "; `python latro.py` makes it" if path.endswith("cups-base/final") else ""
+        raise UserError(f"model {path}: no such folder{made}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
-            use_safetensors=True, output_loading_info=True)
+            path, dtype="auto" if own_dtype else compute, attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     except Exception as error:  # transformers raises dozens of types: no network, no config, a broken file, no access
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {path}: cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"model {path}: the tokenizer has {len(tokenizer)} tokens and the embedding "
-                        f"{model.get_input_embeddings().num_embeddings}; they do not belong together")
+    held = model.get_input_embeddings().num_embeddings
+    ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    if max([tokenizer.vocab_size - 1, *ordinary]) >= held:  # Gemma 3's text models lack their image token, rightly
+        raise UserError(f"model {path}: its tokenizer has {len(tokenizer)} tokens and its embedding {held}; "
+                        "they do not belong together")
     return model.to(device).eval(), tokenizer
 
 
 def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
     """Ids that end generation: `stop_token` (eos, pad or both), the end of the turn, and the model's own EOS ids."""
-    ids = {end_of_turn_id(tokenizer)}
-    own = model.generation_config.eos_token_id
-    ids.update(own if isinstance(own, list) else [own])
-    ids.update([tokenizer.eos_token_id] if stop_token in ("eos", "both") else [])
-    ids.update([tokenizer.pad_token_id] if stop_token in ("pad", "both") else [])
-    return ids - {None}
+    own, eos, pad = model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    asked = {"eos": [eos], "pad": [pad], "both": [eos, pad]}[stop_token]
+    return {end_of_turn_id(tokenizer), *(own if isinstance(own, list) else [own]), *asked} - {None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,17 +200,20 @@ def generate(
     chosen = [continuations(row, out[row]) for row in range(rows)]
     extra = max(len(y) for _, y in chosen)
     fed = torch.zeros(rows, extra, dtype=torch.long)
-    mask[:, width:] = False
     for row, (n, y) in enumerate(chosen):
-        context = prompts[row // num_samples] + out[row][:n]
-        fed[row, :len(y)] = torch.tensor([context[-1], *y[:-1]])
-        mask[row, width:width + n] = True
-        mask[row, width + n - 1] = False  # that last token: its new copy counts
-        mask[row, length:length + len(y)] = True
-    starts = prompt_lengths + torch.tensor([n for n, _ in chosen], device=device) - 1
+        fed[row, :len(y)] = torch.tensor([(prompts[row // num_samples] + out[row][:n])[-1], *y[:-1]])
+    starts = prompt_lengths + torch.tensor([n for n, _ in chosen], device=device) - 1  # tokens before that one
+    # Shift each row to end at the last slot: y follows without a gap, which a sliding window would count.
+    first = width - prompt_lengths
+    source = torch.arange(length, device=device) + (first + starts - length)[:, None]  # (rows, length)
+    source = source.clamp(min=0)[order, None, :, None]
+    for layer in cache.layers:
+        for slab in (layer.keys, layer.values):
+            slab[:, :, :length] = slab.gather(2, source.expand(-1, slab.shape[1], -1, slab.shape[3]))
+    mask = torch.arange(length + extra, device=device) >= (length - starts)[:, None]
     positions = starts[:, None] + torch.arange(extra, device=device)
-    logits = model(input_ids=fed.to(device)[order], attention_mask=mask[order, :length + extra],
-                   position_ids=positions[order], past_key_values=cache, use_cache=True).logits  # (rows, extra, V)
+    logits = model(input_ids=fed.to(device)[order], attention_mask=mask[order], position_ids=positions[order],
+                   past_key_values=cache, use_cache=True).logits  # (rows, extra, V)
     scored = [[] for _ in range(rows)]
     for slot, row in enumerate(order.tolist()):
         y = torch.tensor(chosen[row][1], device=device)
@@ -250,7 +257,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
 
     temperature = torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets))
     parts = zip(hidden.split(chunk), targets.split(chunk), temperature.split(chunk))
-    return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+    return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 class Scorer(nn.Module):
@@ -261,9 +268,11 @@ class Scorer(nn.Module):
         self.model = model
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        config, logits = self.model.config, self.model.get_output_embeddings()(hidden)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor,
                 temperature: torch.Tensor):
@@ -287,12 +296,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def gather(items: list) -> list:
+    """The items of all ranks, on every rank, in the order of the ranks."""
+    parts: list = [items]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def on_rank_0(work: Callable[[], object]):
+    """work()'s result on every rank, run on rank 0 alone; what goes wrong there is raised on all: none waits."""
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UserError, OSError) as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
 def uniform_rows(keys: typing.Iterable[str], length: int) -> torch.Tensor:
     """(rows, length) uniform numbers in [0, 1), float64; each row a pure function of its key."""
-    rows = []
-    for key in keys:
-        generator = random.Random(key)
-        rows.append([generator.random() for _ in range(length)])
+    rows = [[generator.random() for _ in range(length)] for generator in map(random.Random, keys)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -314,65 +344,54 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
     decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, stop_token)
     room = max(len(ids) for example in examples for ids in example.answers)
 
-    def outputs(chunk: list[int], samples: int, length: int) -> list[list[dict]]:
-        """For each of the chunk's examples `samples` graded outputs (0: one, greedy) of at most `length` tokens."""
-        k, cuts = max(1, samples), {}
+    mine = sorted(range(rank(), len(examples), world_size()), key=lambda i: len(examples[i].prompt))
+    bar = tqdm(total=len(mine) * (2 + num_samples), desc=title, unit="answer", disable=rank() > 0, leave=False)
 
-        def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
-            cuts[row] = n, _, _ = truncate(ids, stop_ids, stop_seqs, decode)
-            return n, answer_ids(examples[chunk[row // k]], ids[:n], decode)
+    def outputs(samples: int, length: int) -> list[list[dict]]:
+        """For each of this rank's examples `samples` graded outputs (0: one, greedy) of at most `length` tokens."""
+        graded, k = [], max(1, samples)
+        for begin in range(0, len(mine), max(1, batch_size // k)):
+            chunk, cuts = mine[begin:begin + max(1, batch_size // k)], {}
 
-        keys = [f"{seed}/evaluate/{i}/{j}" for i in chunk for j in range(samples)]
-        drawn = generate(model, [examples[i].prompt for i in chunk], length, num_samples=k, stop_ids=stop_ids,
-                         temperature=temperature if samples else 0.0, uniforms=uniform_rows(keys, length),
-                         continuations=continuation, room=room)
-        graded = []
-        for row, (ids, _, answer_logprobs) in enumerate(drawn):
-            output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
-            prediction, correct = grade(grader, output, examples[chunk[row // k]].row)
-            graded.append({"output": output, "prediction": prediction, "correct": correct, "finished": cuts[row][2],
-                           "rationale_length": cuts[row][0], "answer_logprob": sum(answer_logprobs)})
+            def continuation(row: int, ids: list[int], chunk=chunk, cuts=cuts) -> tuple[int, list[int]]:
+                cuts[row] = n, _, _ = truncate(ids, stop_ids, stop_seqs, decode)
+                return n, answer_ids(examples[chunk[row // k]], ids[:n], decode)
+
+            keys = [f"{seed}/evaluate/{i}/{j}" for i in chunk for j in range(samples)]
+            drawn = generate(model, [examples[i].prompt for i in chunk], length, num_samples=k, stop_ids=stop_ids,
+                             temperature=temperature if samples else 0.0, uniforms=uniform_rows(keys, length),
+                             continuations=continuation, room=room)
+            for row, (ids, _, answer_logprobs) in enumerate(drawn):
+                output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+                prediction, correct = grade(grader, output, examples[chunk[row // k]].row)
+                graded.append({"output": output, "prediction": prediction, "correct": correct, "finished": cuts[row][2],
+                               "rationale_length": cuts[row][0], "answer_logprob": sum(answer_logprobs)})
+            bar.update(len(drawn))
         return [graded[i:i + k] for i in range(0, len(graded), k)]
 
-    mine = sorted(range(rank(), len(examples), world_size()), key=lambda i: len(examples[i].prompt))
-    bar = tqdm(total=len(mine), desc=title, unit="question", disable=rank() > 0, leave=False)
-    rows, width = {}, max(1, batch_size // max(1, num_samples))  # prompts at a time
-    for begin in range(0, len(mine), width):
-        chunk = mine[begin:begin + width]
-        greedy, bare = outputs(chunk, 0, response_length), outputs(chunk, 0, 0)
-        sampled = outputs(chunk, num_samples, response_length) if num_samples else [[]] * len(chunk)
-        for i, [row], [empty], samples in zip(chunk, greedy, bare, sampled):
-            votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
-            rows[i] = {"query": prompt_text(tokenizer, examples[i].row["queries"]),
-                       "groundtruth": examples[i].row["groundtruth"], **row,
-                       "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
-                       "answer_logprob_no_rationale": empty["answer_logprob"],
-                       "majority": any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0]),
-                       "samples": samples}
-        bar.update(len(chunk))
+    greedy, bare = outputs(0, response_length), outputs(0, 0)
+    sampled = outputs(num_samples, response_length) if num_samples else [[]] * len(mine)
     bar.close()
-    if world_size() > 1:
-        parts: list = [None] * world_size()
-        dist.all_gather_object(parts, rows)
-        rows = {i: row for part in parts for i, row in part.items()}
-
-    ordered, n = [rows[i] for i in range(len(examples))], len(examples)
-    result = {"n": n, "num_samples": num_samples, "accuracy": mean(r["correct"] for r in ordered)}
+    rows = []
+    for i, [row], [empty], samples in zip(mine, greedy, bare, sampled):
+        votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
+        rows.append((i, {"query": prompt_text(tokenizer, examples[i].row["queries"]),
+                         "groundtruth": examples[i].row["groundtruth"], **row,
+                         "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
+                         "answer_logprob_no_rationale": empty["answer_logprob"],
+                         "majority": any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0]),
+                         "samples": samples}))
+    rows = [row for _, row in sorted(gather(rows), key=lambda pair: pair[0])]
+    result = {"n": len(rows), "num_samples": num_samples, "accuracy": mean(r["correct"] for r in rows)}
     if num_samples:
-        result["maj_at_k"] = mean(r["majority"] for r in ordered)
+        result["maj_at_k"] = mean(r["majority"] for r in rows)
     for name in ("finished", "answer_logprob", "answer_logprob_no_rationale", "rationale_length"):
-        result[name] = mean(r[name] for r in ordered)
-    for name in RATES & result.keys():
-        result[f"{name}_ci95"] = interval95(result[name], n)
-    return result | {"rows": ordered}
+        result[name] = mean(r[name] for r in rows)
+    result |= {f"{name}_ci95": interval95(result[name], len(rows)) for name in RATES if name in result}
+    return result | {"rows": rows}
 
 
-RATES = {"accuracy", "maj_at_k", "finished"}
-
-
-def mean(values: typing.Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+RATES = ("accuracy", "maj_at_k", "finished")
 
 
 def print_results(results: dict[str, dict], shown: int = 2) -> None:
@@ -435,7 +454,10 @@ def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
                             help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
     words = []
     for name, value in (below or {}).items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        if isinstance(value, list) and name in fields and isinstance(getattr(cls(), name), list):
+            parser.set_defaults(**{name: [str(item) for item in value]})  # as words they could be taken for flags
+        else:
+            words.append(f"--{name}={value}")
     for word in words + argv:
         name = word[2:].split("=")[0]
         if word.startswith("--") and name not in (*fields, "help"):
@@ -471,7 +493,7 @@ def init_distributed() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if cuda else "gloo", **alone)
     return device
 
@@ -481,7 +503,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a file or disk that fails
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     finally:
@@ -490,38 +512,59 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 @dataclasses.dataclass
-class Settings:  # a trained model's run gives the defaults of the keys that it has too
-    model: str | None = key(None, "folder or hub id; default: the newest run under runs/, its base beside its best")
+class Common:
+    """What training and evaluation both take."""
     dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}")
     dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
     grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
-    split: str | None = key(None, "train, validation, test or all; default: test, all of a single JSONL file")
-    limit: int | None = key(None, "evaluate the first so many rows only")
-    few_shot: int = key(0, "worked examples in the prompt, 0 to 8 (gsm8k)")
-    num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z); 0: greedy only")
-    response_length: int = key(500, "tokens generated at most")
-    temperature: float = key(1.0, "of the samples")
+    num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z) in the table; 0: greedy only")
+    response_length: int = key(500, "L, tokens of a rationale at most")
+    temperature: float = key(1.0, "that rationales are sampled and scored at")
     stop_token: str = key("eos", "besides the end of the turn: eos, pad or both", ("eos", "pad", "both"))
-    stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale")
-    per_device_eval_batch_size: int = key(64, "rows decoded together on a rank")
-    dtype: str = key("auto", "auto: bfloat16 on a GPU, float32 on a CPU", ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else sdpa")
+    stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale, wherever the tokenizer splits them")
+    per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
+    dtype: str = key("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU",
+                     ("auto", "float32", "bfloat16"))
+    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else what the model prefers")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
-    seed: int = key(0, "of the samples")
-    out: str | None = key(None, "JSON file of the result; default: evaluation-NAME.json in the run, or evaluation.json")
+    seed: int = key(0, "of sampling and, in training, of the data's order")
 
     def __post_init__(self):
-        check_range(self, ("limit", "response_length", "per_device_eval_batch_size"))
+        check_range(self, ("response_length", "per_device_eval_batch_size"))
         check_range(self, ("num_samples", "temperature"), above=False)
         if self.num_samples and not self.temperature:
             raise UserError("temperature: 0 makes all num_samples samples the same; use a temperature above 0")
-        if self.out and not os.path.isdir(os.path.dirname(self.out) or "."):
-            raise UserError(f"out {self.out}: no such folder")
+        if "" in self.stop_seqs:
+            raise UserError("stop_seqs: an empty string would end every rationale at once; leave it out")
+
+
+@dataclasses.dataclass
+class Settings(Common):
+    """Of evaluate.py. The run that a model belongs to gives the defaults of the keys that it has too."""
+    model: str | None = key(None, "folder or hub id; default: the newest run under runs/, its base beside its best")
+    split: str | None = key(None, "train, validation, test or all; default: test, all of a single file")
+    limit: int | None = key(None, "evaluate the first so many rows only")
+    few_shot: int = key(0, "worked examples in the prompt, 0 to 8 (gsm8k)")
+    out: str | None = key(None, "JSON file of --model's result; default: evaluation-NAME.json in its run, or here")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, ("limit",))
+        if self.out and (self.model is None or not os.path.isdir(os.path.dirname(self.out) or ".")):
+            raise UserError(f"out {self.out}: " + ("no such folder" if self.model else "needs --model"))
+
+
+def read_run(folder: str) -> dict | None:
+    """The settings of the run in a folder, or None where it holds none."""
+    path = os.path.join(folder, "config.yaml")
+    settings = read_yaml(path) if os.path.exists(path) else {}
+    return settings if "model_name_or_path" in settings else None
 
 
 def newest_run() -> str:
-    """The newest run directory under runs/ that holds a trained model."""
+    """The newest run under runs/ that holds a trained model; the making of the embedded base does not count."""
     runs = [os.path.dirname(os.path.dirname(path)) for path in glob.glob("runs/*/best/config.json")]
+    runs = [run for run in runs if (read_run(run) or {}).get("model_name_or_path") not in (None, "embedded")]
     if not runs:
         raise UserError("no trained run under runs/; train one with `python latro.py`, or name a model with --model")
     return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "config.yaml")))
@@ -529,25 +572,20 @@ def newest_run() -> str:
 
 def main(argv: list[str], run: str | None = None) -> None:
     """Evaluate --model, or the base beside the best model of `run`; write the JSON of each and print the table."""
-    s, config = parse(Settings, argv, __doc__), {}
-    if s.model is not None:
-        parent = os.path.dirname(os.path.normpath(s.model))
-        run = parent if os.path.exists(os.path.join(parent, "config.yaml")) else None
+    s = parse(Settings, argv, __doc__)
+    run = os.path.dirname(os.path.normpath(s.model)) if s.model else run or newest_run()
+    config = read_run(run) or {}
+    other = s.dataset_name not in (None, config.get("dataset_name"))  # then the run's data is not meant
+    skipped = {"seed", *(["dataset_path", "grader"] if other else [])}
+    known = {field.name for field in dataclasses.fields(Settings)} - skipped
+    s = parse(Settings, argv, __doc__, {k: v for k, v in config.items() if k in known and v is not None})
+    if s.model:
         models = {os.path.basename(os.path.normpath(s.model)): s.model}
     else:
-        run = run or newest_run()
-    if run is not None:
-        config = read_yaml(os.path.join(run, "config.yaml"))
-        other = s.dataset_name not in (None, config["dataset_name"])  # then the run's data is not meant
-        skipped = {"seed", *(["dataset_path", "grader"] if other else [])}
-        known = {field.name for field in dataclasses.fields(Settings)} - skipped
-        s = parse(Settings, argv, __doc__, {k: v for k, v in config.items() if k in known and v is not None})
-    if s.model is None:
         models = {"base": config["model_name_or_path"], "best": os.path.join(run, "best")}
     if s.dataset_name is None:
         raise UserError(f"dataset_name: which one? {', '.join(DATASETS)}")
-    single_file = s.dataset_name == "jsonl" and s.dataset_path is not None and os.path.isfile(s.dataset_path)
-    split = s.split or ("all" if single_file else "test")
+    split = s.split or ("all" if os.path.isfile(s.dataset_path or "") else "test")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)[:s.limit]
     grader, device, results = choose_grader(s.grader, s.dataset_name, rows), init_distributed(), {}
     for label, folder in models.items():
@@ -561,7 +599,7 @@ def main(argv: list[str], run: str | None = None) -> None:
     if rank() == 0:
         print_results(results)
         for label, result in results.items():
-            out = s.out or (os.path.join(run, f"evaluation-{label}.json") if run else "evaluation.json")
+            out = s.out or os.path.join(run if config else ".", f"evaluation-{label}.json")
             with open(out, "w", encoding="utf-8") as file:
                 json.dump(result, file, indent=1, ensure_ascii=False)
             print(f"{label}: every row in {out}")

@@ -25,6 +25,7 @@ import platform
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 
 import torch
@@ -36,11 +37,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (DATASETS, GRADERS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
+from data import (DATASETS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
                   make_examples)
-from evaluate import (Parser, Scorer, check_range, context_left, evaluate, generate, init_distributed, key, load_model,
-                      parse, rank, read_yaml, resolve_dtype, run_script, stop_token_ids, truncate, uniform_rows,
-                      world_size)
+from evaluate import (Common, Parser, Scorer, check_range, context_left, evaluate, gather, generate, init_distributed,
+                      key, load_model, on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, stop_token_ids,
+                      truncate, uniform_rows, world_size)
 from evaluate import main as evaluate_main
 
 
@@ -48,32 +49,23 @@ from evaluate import main as evaluate_main
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
-class Config:
+class Config(Common):
     # what
     model_name_or_path: str = key("runs/cups-base/final", "folder or hub id of the starting point (this one is made)")
     dataset_name: str = key("cups", f"one of {', '.join(DATASETS)}")
-    dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
-    grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
     sanity_check: bool = key(False, "a handful of rows of every split, to see it run")
     objective: str = key("latro", "latro, or sft: the gold rationale and answer, no sampling", ("latro", "sft"))
     # how long
     num_train_epochs: float = key(1.0, "passes over the training prompts, each prompt once per pass")
     max_steps: int | None = key(None, "end after so many updates, whatever num_train_epochs says")
     num_evaluations: int = key(4, "on validation rows, after that of the untrained model; the best model is kept")
-    num_samples: int = key(0, "samples per question in the closing evaluation (maj@k); 0: greedy only")
     # how many at once; prompts per step and rank = per_device_train_batch_size * gradient_accumulation_steps / rloo_k
     per_device_train_batch_size: int = key(4, "sequences in a pass with gradient")
     gradient_accumulation_steps: int = key(8, "passes with gradient per update")
     rollout_batch_size: int = key(64, "rollouts sampled together, in whole prompts (at least rloo_k)")
-    per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     gradient_checkpointing: bool = key(False, "compute activations again in the backward pass, to save memory")
-    # rationales
-    rloo_k: int = key(4, "K, rationales per prompt")
-    response_length: int = key(500, "L, tokens of a rationale at most")
-    temperature: float = key(1.0, "that rationales are sampled and scored at")
-    stop_token: str = key("eos", "besides the end of the turn: eos, pad or both", ("eos", "pad", "both"))
-    stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale, wherever the tokenizer splits them")
     # objective
+    rloo_k: int = key(4, "K, rationales per prompt")
     reward: str = key("logprob", "of the answer: logprob (the paper), mean_logprob (per token) or prob (VeriFree)",
                       ("logprob", "mean_logprob", "prob"))
     kl_coef: float = key(0.05, "β, the weight of the KL to the starting point; 0 loads no reference model")
@@ -83,29 +75,22 @@ class Config:
     # optimiser
     learning_rate: float = key(5e-7, "of AdamW, decaying linearly to 0")
     max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0: off")
-    # machine
-    dtype: str = key("auto", "of the arithmetic; master weights are float32; auto: bfloat16 on a GPU, float32 on a CPU",
-                     ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else sdpa")
-    trust_remote_code: bool = key(False, "run the model repository's own Python code")
+    # files
     output_dir: str = key("runs", "where run directories are made")
     run_name: str | None = key(None, "name of the run directory; default: unique")
-    seed: int = key(0, "of data order and sampling")
 
     def __post_init__(self):
+        super().__post_init__()
         check_range(self, ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "rloo_k",
-                           "per_device_eval_batch_size", "response_length", "num_evaluations", "num_train_epochs",
-                           "max_steps", "learning_rate"))
-        check_range(self, ("kl_coef", "sft_penalty", "max_grad_norm", "num_samples"), above=False)
+                           "num_evaluations", "num_train_epochs", "max_steps", "learning_rate", "temperature"))
+        check_range(self, ("kl_coef", "sft_penalty", "max_grad_norm"), above=False)
         if not 1 <= self.penalty_reward_value < float("inf"):
             raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1: a bonus, not a penalty")
-        if self.objective == "latro":
-            check_range(self, ("temperature",))
-            if self.rloo_k < 2:
-                raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more")
-            if self.sequences % self.rloo_k:
-                raise UserError(f"rloo_k: {self.rloo_k} does not divide per_device_train_batch_size * "
-                                f"gradient_accumulation_steps = {self.sequences}; a step takes whole groups of rloo_k")
+        if self.objective == "latro" and self.rloo_k < 2:
+            raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more")
+        if self.objective == "latro" and self.sequences % self.rloo_k:
+            raise UserError(f"rloo_k: {self.rloo_k} does not divide per_device_train_batch_size * "
+                            f"gradient_accumulation_steps = {self.sequences}; a step takes whole groups of rloo_k")
 
     @property
     def sequences(self) -> int:  # per step and rank
@@ -197,26 +182,26 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs, decode) -
 def sample_rollouts(model, tokenizer, examples: list[Example], config: Config, keys: list[str]) -> list[Rollout]:
     """rloo_k rollouts per example, sampled by the plain model; y is scored on the sampler's cache."""
     decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, config.stop_token)
-    k, groups = config.rloo_k, {}
+    k, rollouts = config.rloo_k, [None] * (len(examples) * config.rloo_k)
     room = max(len(ids) for example in examples for ids in example.answers)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # prompts of like length share a batch
     width = max(1, config.rollout_batch_size // k)  # prompts
     for batch in (order[i:i + width] for i in range(0, len(order), width)):
-        rollouts = {}
+        slots = [i * k + j for i in batch for j in range(k)]  # row of the batch → place among the rollouts
 
-        def continuation(row: int, ids: list[int], batch=batch, rollouts=rollouts) -> tuple[int, list[int]]:
-            rollouts[row] = cut_rollout(examples[batch[row // k]], ids, stop_ids, config.stop_seqs, decode)
-            return len(rollouts[row].rationale), rollouts[row].answer
+        def continuation(row: int, ids: list[int], slots=slots) -> tuple[int, list[int]]:
+            rollout = cut_rollout(examples[slots[row] // k], ids, stop_ids, config.stop_seqs, decode)
+            rollouts[slots[row]] = rollout
+            return len(rollout.rationale), rollout.answer
 
-        noise = uniform_rows([f"{keys[i]}/{j}" for i in batch for j in range(k)], config.response_length)
+        noise = uniform_rows([f"{keys[slot // k]}/{slot % k}" for slot in slots], config.response_length)
         sampled = generate(model, [examples[i].prompt for i in batch], config.response_length, num_samples=k,
                            temperature=config.temperature, uniforms=noise, stop_ids=stop_ids,
                            stop_seqs=config.stop_seqs, decode=decode, continuations=continuation, room=room)
-        for row, (_, logprobs, answer_logprobs) in enumerate(sampled):
-            rollouts[row].rationale_logprob = sum(logprobs[:len(rollouts[row].actions)])
-            rollouts[row].answer_logprob = sum(answer_logprobs)
-            groups.setdefault(batch[row // k], []).append(rollouts[row])
-    return [rollout for i in range(len(examples)) for rollout in groups[i]]
+        for slot, (_, logprobs, answer_logprobs) in zip(slots, sampled):
+            rollouts[slot].rationale_logprob = sum(logprobs[:len(rollouts[slot].actions)])
+            rollouts[slot].answer_logprob = sum(answer_logprobs)
+    return rollouts
 
 
 def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
@@ -313,6 +298,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
         optimizer.step()
         refresh(sampler, policy)
     optimizer.zero_grad()
+    numbers = (*losses.tolist(), norm.item(), 1 - finite.item())  # read here: a GPU's work is done when they are
     clock.append(time.perf_counter())
 
     figures |= {"ref_rationale_logprob": figures["rationale_logprob"] - kl, "kl": kl, "advantage": advantages,
@@ -322,7 +308,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     sums = {name: figures[name].sum().item() for name in LOGGED} | {"rollouts": len(rollouts), "tokens": tokens,
             "positions": positions, "needed": tokens * (1 + (reference is not None))}
     per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "skipped", "generate_s", "score_s", "train_s"),
-                        (*losses.tolist(), norm.item(), 1 - finite.item(), *(b - a for a, b in zip(clock, clock[1:])))))
+                        (*numbers, *(b - a for a, b in zip(clock, clock[1:])))))
     return rollouts, figures, sums | {name: value * len(rollouts) for name, value in per_step.items()}
 
 
@@ -345,29 +331,31 @@ def reduce_metrics(sums: dict[str, float], device) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bool = False) -> Scorer:
     """FSDP2: one group per decoder layer, the rest with the root; float32 weights, arithmetic in `dtype`."""
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()  # transformers checkpoints in training mode only; dropout stays off, as it is while sampling
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
     scorer = Scorer(model)
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
         dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)}
-    layers = next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList))
-    for layer in layers:
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    for layer in next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList)):
+        layer.training = gradient_checkpointing  # what transformers asks; its parts stay in eval mode: no dropout
         fully_shard(layer, **options)
     return fully_shard(scorer, **options)
 
 
-def plain_copy(model: nn.Module, dtype: torch.dtype, device) -> nn.Module:
-    """A copy of the model on `device`, its parameters in `dtype`; buffers (rotary tables) keep theirs."""
-    model = copy.deepcopy(model).to(device).eval()
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`, in place; buffers (rotary tables) keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, prompt: list[int]) -> None:
+    """UserError where Scorer's logits are not the model's: an architecture that scales them in a way not known here."""
+    ids = torch.tensor([prompt], device=model.device)
+    ours, theirs = Scorer(model).head(model.get_decoder()(input_ids=ids).last_hidden_state), model(input_ids=ids).logits
+    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
+        raise UserError(f"model {model.config.model_type}: its logits are not the head's; teach it to Scorer.head")
 
 
 @torch.no_grad()
@@ -383,13 +371,14 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
 
 def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:
     """Write the trained weights in the base model's dtype as a Hugging Face folder; whole, or not at all."""
-    weights = {}
+    buffers = dict(sampler.named_buffers())
+    weights = {name: tensor.cpu() for name, tensor in sampler.state_dict().items() if name in buffers}
     for name, parameter in policy.model.named_parameters():
         weight = parameter.detach().full_tensor()  # collective: every rank takes part
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
-    failure = [None]
-    if rank() == 0:
+
+    def write():
         partial = folder + ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -397,21 +386,24 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
             sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
             sampler.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.exists(folder):
+                os.rename(folder, folder + ".old")
             os.rename(partial, folder)
         except Exception as error:  # OSError, or the safetensors library's own: most likely a full disk
             shutil.rmtree(partial, ignore_errors=True)
-            failure = [f"{folder}: cannot be written ({error})"]
-    dist.broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0])
+            raise UserError(f"{folder}: cannot be written ({error})") from None
+        shutil.rmtree(folder + ".old", ignore_errors=True)
+
+    on_rank_0(write)
 
 
 def write_config(path: str, config: Config) -> None:
-    """Every key as used; as comments, what ran it. The file can be given back to --config."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Every key as used; as comments, what ran it. The file can be given back to --config, with another run_name."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, "
                    f"Python {platform.python_version()}, {world_size()} ranks, commit {commit}\n")
@@ -430,11 +422,12 @@ def append(path: str, rows: list[dict]) -> None:
 
 
 def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Tensor], decode) -> list[dict]:
-    names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage", "finished")
+    names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage")
     return [{"step": step, "query": decode(r.example.prompt), "rationale": decode(r.rationale),
              "response": decode(r.answer), "ids": r.ids, "z_start": len(r.example.prompt),
              "y_start": len(r.example.prompt) + len(r.rationale), "actions": r.actions}
-            | {name: figures[name][i].item() for name in names} for i, r in enumerate(rollouts)]
+            | {name: figures[name][i].item() for name in names} | {"finished": r.finished}
+            for i, r in enumerate(rollouts)]
 
 
 def draw_curves(directory: str) -> None:
@@ -453,11 +446,11 @@ def draw_curves(directory: str) -> None:
     panels = [("reward", "reward per rollout"), ("accuracy", "greedy accuracy, validation"),
               ("rationale_length", "rationale length, tokens"), ("kl", "KL to the starting point, nats")]
     for axis, (name, title) in zip(axes.flat, panels):
-        if name in ("reward", "rationale_length", "kl"):
-            axis.plot([row["step"] for row in steps], [row[name] for row in steps], linewidth=1, label="rollouts")
-        if name in ("accuracy", "rationale_length"):
-            axis.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-",
-                      color="tab:orange", markersize=4, label="greedy, validation")
+        for shown, style, label in ((steps, "-", "rollouts"), (evaluations, "o-", "greedy, validation")):
+            points = [(row["step"], row[name]) for row in shown if name in row]
+            if points:
+                axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label,
+                          color="tab:blue" if shown is steps else "tab:orange")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 1].set_ylim(-0.02, 1.02)
@@ -485,32 +478,37 @@ def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
 
 
 def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Example]], str]:
-    """The tokenised training and validation rows, and the grader: all that can be wrong with data is wrong here."""
-    limits = {"train": 16, "validation": 4} if config.sanity_check else {}
-    rows = {split: load_rows(config.dataset_name, split, config.dataset_path)[:limits.get(split)]
-            for split in ("train", "validation")}
-    grader = choose_grader(config.grader, config.dataset_name, rows["train"] + rows["validation"])
+    """The tokenised rows of every split that the run will see, and the grader: what is wrong with data is wrong here.
+
+    "closing" are the rows of the closing table, which nothing is chosen on; a single file has only validation rows.
+    """
+    splits = {"train": "train", "validation": "validation", "closing": closing_split(config)}
+    limits = {"train": 16, "validation": 4, "closing": 4} if config.sanity_check else {}
+    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits.get(k)] for k, v in splits.items()}
+    grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
     context = context_left(model, config.response_length)
-    return {split: make_examples(tokenizer, rows[split], context) for split in rows}, grader
+    return {k: make_examples(tokenizer, part, context) for k, part in rows.items()}, grader
+
+
+def closing_split(config: Config) -> str:
+    return "validation" if os.path.isfile(config.dataset_path or "") else "test"
 
 
 def train(config: Config, directory: str, model, tokenizer, examples: dict[str, list[Example]], grader: str,
           device) -> None:
-    """Train `model` (on the CPU, in its own dtype) and fill the run directory."""
-    if rank() == 0:
-        write_config(os.path.join(directory, "config.yaml"), config)
+    """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
+    on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
     mesh = init_device_mesh(device.type, (world_size(),))
-
-    sampler, reference = plain_copy(model, compute, device), None
+    policy = shard(cast(copy.deepcopy(model), torch.float32), compute, mesh, config.gradient_checkpointing)
+    reference, sampler = None, cast(model, compute)
     if config.objective == "latro" and config.kl_coef > 0:
-        reference = shard(plain_copy(model, compute, device), compute, mesh).requires_grad_(False)
-    policy = shard(plain_copy(model, torch.float32, device), compute, mesh, config.gradient_checkpointing)
+        reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
     refresh(sampler, policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
 
     count, per_step = len(examples["train"]), config.prompts * world_size()
-    total_steps = config.max_steps or -(-int(config.num_train_epochs * count) // per_step)
+    total_steps = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / per_step))
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
     best, skipped_in_a_row = 0.0, 0
@@ -524,7 +522,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         row = {"step": step, "split": "validation"} | {name: result[name] for name in (
             "n", "accuracy", "answer_logprob", "rationale_length", "finished")}
         append(metrics_path, [row])
-        log(row)
+        log({"step": step} | {f"validation/{k}": v for k, v in row.items() if k not in ("step", "split")})
         if rank() == 0:
             tqdm.write(f"step {step:>4}: validation accuracy {row['accuracy']:6.1%}, "
                        f"log π(y|x⊕z) {row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
@@ -542,8 +540,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         rollouts, figures, sums = update(policy, reference, sampler, optimizer, tokenizer, chosen, keys, config, device)
         row = {"step": step, "epoch": step * per_step / count} | reduce_metrics(sums, device) | {"lr": learning_rate}
         append(metrics_path, [row])
-        shown = rollouts if step == 1 else rollouts[:config.rloo_k]
-        append(samples_path, sample_rows(step, shown, figures, decoder(tokenizer)))
+        logged = sample_rows(step, rollouts[:None if step == 1 else config.rloo_k], figures, decoder(tokenizer))
+        append(samples_path, gather(logged) if step == 1 else logged)
         log(row)
         skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
         if skipped_in_a_row == 10:
@@ -563,58 +561,56 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
 
 def start_wandb(config: Config, directory: str):
     """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to nowhere."""
-    if rank() > 0 or not os.environ.get("WANDB_PROJECT"):
+    if rank() > 0 or not os.environ.get("WANDB_PROJECT") or config.model_name_or_path == "embedded":
         return lambda row: None
     try:
         import wandb
     except ImportError:
         raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it") from None
     run = wandb.init(name=os.path.basename(directory), dir=directory, config=dataclasses.asdict(config))
-    return lambda row: run.log({k: v for k, v in row.items() if k not in ("step", "split")}, step=row["step"])
+    return lambda row: run.log(row, step=row["step"])
 
 
 def make_directory(config: Config) -> str:
-    """The run directory, made anew; rank 0 decides its name. A directory that holds a run is refused."""
-    choice: list = [None]
-    if rank() == 0:
-        name = config.run_name or f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory, number = os.path.join(config.output_dir, name), 1
-        while config.run_name is None and os.path.exists(directory):
-            directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
-        try:
-            if os.path.basename(name) != name:
-                raise UserError(f"run_name {name}: is a path; use output_dir for where, run_name for the name")
-            if os.path.exists(os.path.join(directory, "config.yaml")):
-                raise UserError(f"{directory}: holds a run already; give another run_name, or delete it")
-            os.makedirs(directory, exist_ok=True)
-            choice = [directory]
-        except OSError as error:
-            choice = [UserError(f"output_dir {config.output_dir}: cannot be written ({error.strerror})")]
-        except UserError as error:
-            choice = [error]
-    dist.broadcast_object_list(choice)
-    if isinstance(choice[0], UserError):
-        raise choice[0]
-    return choice[0]
+    """Make the run directory. One that holds a run is refused; without run_name a free name is found."""
+    name = config.run_name or f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if os.path.basename(name) != name:
+        raise UserError(f"run_name {name}: is a path; use output_dir for where, run_name for the name")
+    directory, number = os.path.join(config.output_dir, name), 1
+    while config.run_name is None and os.path.exists(directory):
+        directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
+    if os.path.exists(os.path.join(directory, "config.yaml")):
+        raise UserError(f"{directory}: holds a run already; give another run_name, or delete it")
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {config.output_dir}: cannot be written ({error.strerror})") from None
+    return directory
 
 
-def make_embedded_base(folder: str, device) -> None:
-    """Train the base model of the embedded default by the project's own SFT; whole, or not at all."""
-    run = os.path.dirname(folder)
-    partial = run + ".partial"
-    if rank() == 0:
-        print(f"making the base model {folder} (once)", flush=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
+def make_embedded_base(run: str, device) -> None:
+    """Train the base model of the embedded default by the project's own SFT, in the run directory `run`; whole, or not
+    at all, also where several processes make it at once."""
     config = load_config(["--config", "cups_base.yaml"])
-    config.per_device_train_batch_size //= world_size()
+    config.per_device_train_batch_size = max(1, config.per_device_train_batch_size // world_size())
+
+    def start():
+        print(f"making the base model {run}/final (once)", flush=True)
+        os.makedirs(os.path.dirname(run) or ".", exist_ok=True)
+        return tempfile.mkdtemp(prefix=".cups-base-", dir=os.path.dirname(run) or ".")
+
+    def finish():
+        if os.path.isdir(os.path.join(run, "final")):  # another process was faster
+            shutil.rmtree(partial)
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+            os.rename(partial, run)
+
+    partial = on_rank_0(start)
     torch.manual_seed(config.seed)
     model, tokenizer = embedded_model()
-    dist.barrier()
-    train(config, partial, model, tokenizer, *load_examples(config, model, tokenizer), device)
-    if rank() == 0:
-        os.rename(partial, run)
-    dist.barrier()
+    train(config, partial, model.to(device), tokenizer, *load_examples(config, model, tokenizer), device)
+    on_rank_0(finish)
 
 
 def main(argv: list[str]) -> None:
@@ -622,16 +618,17 @@ def main(argv: list[str]) -> None:
     device = init_distributed()
     base = os.path.normpath(config.model_name_or_path)
     if base.endswith(os.path.join("cups-base", "final")) and not os.path.exists(base):
-        make_embedded_base(base, device)
-    model, tokenizer = load_model(config.model_name_or_path, "auto", "cpu", config.attn_implementation,
-                                  config.trust_remote_code)
+        make_embedded_base(os.path.dirname(base), device)
+    model, tokenizer = load_model(config.model_name_or_path, resolve_dtype(config.dtype, device), device,
+                                  config.attn_implementation, config.trust_remote_code, own_dtype=True)
     examples, grader = load_examples(config, model, tokenizer)
-    directory = make_directory(config)
+    check_head(model, examples["train"][0].prompt)
+    directory = on_rank_0(lambda: make_directory(config))
     config.run_name = os.path.basename(directory)
     train(config, directory, model, tokenizer, examples, grader, device)
-    # The closing evaluation is on rows that nothing was chosen on, where there are any: a single JSONL file has none.
-    split = "validation" if config.dataset_name == "jsonl" and os.path.isfile(config.dataset_path) else "test"
-    evaluate_main(["--split", split, *(["--limit", "4"] if config.sanity_check else [])], directory)
+    del model
+    limit = ["--limit", "4"] if config.sanity_check else []
+    evaluate_main(["--split", closing_split(config), *limit], directory)
     if rank() == 0:
         print(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 

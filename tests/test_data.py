@@ -137,11 +137,28 @@ def test_templates(kind):
         assert ids[-1] == tokenizer.convert_tokens_to_ids(end) and ids.count(ids[-1]) == 1
     # x⊕z⊕y is what the whole text tokenises to, whether z ends in white space or not
     decode = decoder(tokenizer)
-    for rationale, sep in (("Two and two.", " "), ("Two and two.\n", "")):
+    for rationale, sep in (("Two and two.", " "), ("Two and two.\n", ""), ("\nTwo", " "), (" Two ", ""), ("", " ")):
         [z] = (e.rationale for e in make_examples(tokenizer, [{"queries": "Q", "responses": "A", "rationales": rationale}]))
+        if not rationale:
+            sep = "" if decode(example.prompt)[-1:].isspace() else " "
         y = answer_ids(example, z, decode)
         assert y == example.answers[sep == ""]
         assert decode(example.prompt + z + y[:-1]) == decode(example.prompt) + rationale + sep + "The answer is 18."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_space_that_a_response_begins_with_is_kept(kind):
+    tokenizer = make_tokenizer(kind)
+    rows = [{"queries": "Q", "responses": text} for text in ("\nThe answer is 5.", "\n\n#### 5", "  x", "x")]
+    for row, example in zip(rows, make_examples(tokenizer, rows)):
+        assert decoder(tokenizer)([5] + example.answers[1][:-1])[len(decoder(tokenizer)([5])):] == row["responses"]
+
+
+def test_a_single_file_has_no_test_rows(tmp_path):
+    write(tmp_path / "g.jsonl", [{"question": "q", "answer": "a #### 1"}] * 20)
+    assert len(load_rows("gsm8k", "validation", str(tmp_path / "g.jsonl"))) == 2
+    with pytest.raises(UserError, match="single file"):
+        load_rows("gsm8k", "test", str(tmp_path / "g.jsonl"))
 
 
 def test_a_templated_string_gets_no_second_bos():
@@ -176,6 +193,7 @@ NUMBERS = [
     ("5 * 3 = 15 apples", "15"), ("It costs $5.", "5"), (r"\boxed{1,000}", "1000"), (r"so $\boxed{-3}$ it is 4", "-3"),
     ("The answer is 5 because 2 + 3", "5"), ("#### 1,200\n", "1200"), ("v2.0 gives 18", "18"),
     ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
+    ("The answer is --5", "-5"), ("-$-5", "-5"), ("The answer is - 5", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"),
 ]
 OPTIONS = ["water", "saltwater", "salt water", "wind"]
 CHOICES = [
@@ -187,6 +205,9 @@ CHOICES = [
     ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"), ("The answer is 2.", "saltwater"),
     ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None), ("The answer is (wind)", "wind"),
 ]
+FORCES = ["2.5 N", "1.5 N", "3.5 N", "+"]
+DECIMALS = [("The answer is 2.5 N to the left.", "2.5 N"), ("The answer is 1.5 N, east", "1.5 N"), ("", None), ("The answer is.", None),
+            ("The answer is 1.", "2.5 N")]
 
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
@@ -199,11 +220,16 @@ def test_options(text, expected):
     assert extract_option(text, OPTIONS) == expected
 
 
+@pytest.mark.parametrize("text, expected", DECIMALS)
+def test_decimals_are_no_labels(text, expected):
+    assert extract_option(text, FORCES) == expected
+
+
 @pytest.mark.parametrize("grader, text, truth, correct", [
     ("number", "The answer is 18.0 dollars", "18", True), ("number", "19", "18", False), ("number", "", "18", False),
     ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True), ("text", "It is\nLondon", "Paris", False),
     ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
-    ("json", 'call: {"a": 2}', '{"a": 1}', False),
+    ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
     ("math", r"\boxed{3}", "4", False), ("math", "", "4", False),
 ])

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import decoder, load_rows, make_examples
+import latro
+from data import UserError, decoder, load_rows, make_examples
 from evaluate import Scorer, generate, stop_token_ids, token_logprobs, truncate, uniform_rows
 
 
@@ -114,16 +115,6 @@ def test_token_logprobs(chunk):
         torch.testing.assert_close(*(torch.autograd.grad(f.sum(), x, retain_graph=True)[0] for f in (ours, plain)))
 
 
-def test_scorer_caps_logits_as_the_model_does(tiny):
-    model, _ = tiny
-    ids = torch.tensor([[3, 4, 5, 6]])
-    model.config.final_logit_softcapping = 2.0
-    logits = 2.0 * torch.tanh(model(ids).logits / 2.0)
-    ours = Scorer(model)(ids, *(torch.tensor(x) for x in ([0, 0], [2, 3], [5, 6], [1.0, 1.0])))
-    del model.config.final_logit_softcapping
-    torch.testing.assert_close(ours, logits.log_softmax(-1)[0, [1, 2], [5, 6]])
-
-
 # Truncation: the pieces of text that tokens stand for are bytes, so that characters and stops may be split anywhere.
 PIECES = [b"The", b" answer", b" is", b"The answer", b"T", b"he", b"an", b"swer is", b" ", b"\n", b"**", b"x", b"is 5",
           "→".encode(), "→".encode()[:1], "→".encode()[1:], b"answer:", b"s The", b"\n\nThe ans"]
@@ -182,3 +173,44 @@ def test_generation_stops_where_truncate_says(tiny, cups):
             n, m, finished = truncate(ids, {2}, stops, decode)
             assert m == len(ids) and (finished or len(ids) == 30)
         assert sum(len(ids) < 30 for ids, _, _ in out) > 4 or stops == ["r cup 2"]
+
+
+def architecture(name):
+    """A tiny random model of an architecture with a sliding window, or with logits scaled behind the head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    options = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0,
+               "initializer_range": 0.3}
+    special = {"mistral": {"sliding_window": 9}, "gemma3_text": {"sliding_window": 9, "layer_types": [
+        "sliding_attention", "full_attention"]}, "gemma2": {"sliding_window": 9}, "granite": {"logits_scaling": 4.0},
+        "cohere": {"logit_scale": 0.2}, "qwen3": {}, "phi3": {}}[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options | special)).eval()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gemma2", "granite", "cohere", "qwen3", "phi3"])
+def test_architectures(name):
+    """Sampling, y on the cache and the scoring pass agree with a plain forward pass, sliding windows included."""
+    model = architecture(name)
+    latro.check_head(model, [3, 4, 5, 6, 7])
+    prompts, y = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12]], [20, 21, 22, 23]
+    out = generate(model, prompts, 24, num_samples=3, temperature=1.0, uniforms=uniform_rows(map(str, range(6)), 24),
+                   continuations=lambda row, ids: (3 * row + 2, y), room=4)
+    for row, (ids, logprobs, answer) in enumerate(out):
+        prompt, n = prompts[row // 3], 3 * row + 2
+        torch.testing.assert_close(torch.tensor(logprobs).double(), plain_logprobs(model, prompt + ids, len(prompt)),
+                                   atol=1e-4, rtol=1e-4)
+        expected = plain_logprobs(model, prompt + ids[:n] + y, len(prompt) + n)
+        torch.testing.assert_close(torch.tensor(answer).double(), expected, atol=1e-4, rtol=1e-4)
+        whole = prompt + ids[:n] + y
+        columns = torch.arange(len(prompt) + n, len(whole))
+        ours = Scorer(model)(torch.tensor([whole]), torch.zeros(4, dtype=torch.long), columns, torch.tensor(y), torch.ones(4))
+        torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_unknown_scale_of_the_logits_is_an_error(tiny, cups, monkeypatch):
+    model, _ = tiny
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **k: type("Output", (), {"logits": forward(**k).logits * 3}))
+    with pytest.raises(UserError, match="teach it to Scorer.head"):
+        latro.check_head(model, cups[0].prompt)

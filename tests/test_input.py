@@ -63,6 +63,12 @@ def place(tmp_path_factory):
     write("gsm/train.jsonl", {"problem": "1+1?"})
     write("arc/train.jsonl", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"})
     write("math/train.jsonl", {"problem": "p", "solution": "no box"})
+    (place / "only_train").mkdir()
+    write("only_train/train.jsonl", *[GOOD] * 20)
+    (place / "empty_stop.yaml").write_text("stop_seqs: ['']")
+    (place / "beside").mkdir()
+    shutil.copytree(place / "model", place / "beside/model")
+    write("beside/config.yaml", "something: else")
     write("list.yaml", "- 1")
     write("broken.yaml", "a: [")
     write("unknown.yaml", "learnin_rate: 1")
@@ -89,7 +95,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     ("--max_grad_norm -1", "max_grad_norm"), ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
     ("--config missing.yaml", "missing.yaml"), ("--config list.yaml", "list.yaml"), ("--config broken.yaml", "broken.yaml"),
     ("--config binary.yaml", "binary.yaml"), ("--config unknown.yaml", "learnin_rate: unknown key; did you mean learning_rate"),
-    ("--config typed.yaml", "rloo_k.*many"), ("--config", "config"),
+    ("--config typed.yaml", "rloo_k.*many"), ("--config empty_stop.yaml", "stop_seqs: an empty string"), ("--config", "config"),
     ("--dataset_name gsm9k", "gsm9k: unknown; choose one of"), ("--dataset_name jsonl", "needs dataset_path"),
     (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
     (JSONL + "one.jsonl", "1 training rows"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"), (JSONL + "list.jsonl", "line 2"),
@@ -107,11 +113,14 @@ TRAINING = [  # arguments of latro.py → what the line must say
         "nothing", "no_weights", "cut_weights", "no_tokenizer", "small_embedding", "missing_weights", "bad_config")],
     (JSONL + "good.jsonl --model_name_or_path no_eos", "EOS"),
     (JSONL + "good.jsonl --run_name held", "runs/held: holds a run already"),
+    (JSONL + "only_train", "split test"), ("--stop_seqs The --objective sft --temperature 0", "temperature"),
     (JSONL + "good.jsonl --output_dir a_file", "a_file"), (JSONL + "good.jsonl --run_name a/b", "run_name"),
     (JSONL + "good.jsonl --attn_implementation sdpaa", "sdpaa"),
 ]
 JUDGING = [
-    ("", "no trained run"), ("--model model", "dataset_name"), ("--model ./nowhere --dataset_name cups", "nowhere"),
+    ("", "no trained run"), ("--model beside/model", "dataset_name"), ("--out x.json --model", "model"), ("--out x.json", "model"),
+    ("--model runs/cups-base/final --dataset_name cups", "latro.py` makes it"),
+    ("--model model --dataset_name jsonl --dataset_path good.jsonl --split test", "single file"), ("--model model", "dataset_name"), ("--model ./nowhere --dataset_name cups", "nowhere"),
     ("--model model --dataset_name cup", "did you mean|choose one of"), ("--modle model", "did you mean model"),
     ("--model model --dataset_name cups --split dev", "split dev"), ("--model model --dataset_name cups --few_shot 8", "few_shot"),
     ("--model model --dataset_name gsm8k --few_shot 9", "few_shot"), ("--model model --dataset_name cups --limit 0", "limit"),
@@ -177,6 +186,19 @@ def test_math_verify_missing(monkeypatch):
     from data import grade
     with pytest.raises(UserError, match="pip install"):
         grade("math", r"\boxed{1}", {"groundtruth": "2"})
+
+
+def test_what_looks_odd_but_is_right(place, monkeypatch):
+    """Stops that begin with dashes, from YAML; no git on the machine; less than one step's worth of epochs."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PATH", "")
+    (place / "odd.yaml").write_text("stop_seqs: ['---', '-x']")
+    latro.main(("--config odd.yaml --num_train_epochs 0.001 --response_length 8 --run_name odd --model_name_or_path model "
+                + JSONL + "good.jsonl").split())
+    settings = evaluate.read_yaml("runs/odd/config.yaml")
+    assert settings["stop_seqs"] == ["---", "-x"] and "commit unknown" in open("runs/odd/config.yaml").readline()
+    assert sum("reward" in line for line in open("runs/odd/metrics.jsonl")) == 1
+    shutil.rmtree("runs/odd")
 
 
 def test_good_rows_load(place):

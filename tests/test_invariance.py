@@ -1,4 +1,5 @@
 """Loss and every gradient are the same however the work is cut: padding, order, micro-batches, ranks, checkpointing."""
+import copy
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ class Gradients:
 
 def make_policy(model, gradient_checkpointing=False):
     mesh = init_device_mesh("cpu", (world_size(),))
-    return latro.shard(latro.plain_copy(model, model.dtype, "cpu"), model.dtype, mesh, gradient_checkpointing)
+    return latro.shard(copy.deepcopy(model), model.dtype, mesh, gradient_checkpointing)
 
 
 def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, gradient_checkpointing=False, **settings):
@@ -38,11 +39,11 @@ def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, grad
     config = latro.Config(**{"rloo_k": 4, "response_length": 12, "per_device_train_batch_size": 8, "temperature": 1.3,
                              "gradient_accumulation_steps": 1, "rollout_batch_size": 64, "max_grad_norm": 0.0,
                              "kl_coef": 0.1, "stop_seqs": [" cup"]} | settings)
-    policy, reference = make_policy(model, gradient_checkpointing), latro.plain_copy(model, model.dtype, "cpu")
+    policy, reference = make_policy(model, gradient_checkpointing), copy.deepcopy(model)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter *= 1.1
-    sampler, optimizer = latro.plain_copy(model, model.dtype, "cpu"), Gradients(policy)
+    sampler, optimizer = copy.deepcopy(model), Gradients(policy)
     if rollouts is not None:
         monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
     keys = [f"key {i}" for i in range(len(examples))]
