@@ -456,7 +456,7 @@ def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
 
 def grade(grader: str, text: str, row: dict) -> tuple[str | None, bool]:
     """(prediction, correct) of a model's whole output. Predictions are normalised: equal answers vote together."""
-    truth = row["groundtruth"]
+    text, truth = text.split("\nQ:")[0], row["groundtruth"]  # a few-shot prompt's model may go on to a next question
     if grader == "option":
         prediction = extract_option(text, row["options"])
         return prediction, prediction == truth

@@ -3,7 +3,7 @@
     python latro.py                                               the embedded default, offline, on a laptop
     torchrun --nproc_per_node 8 latro.py --config gsm8k.yaml      the paper's run on 8 GPUs
     python latro.py --model_name_or_path M --dataset_name jsonl --dataset_path my.jsonl     your own rows
-    python latro.py --help                                        every key
+    python latro.py --config FILE.yaml --key value                keys: defaults < YAML < command line; --help lists them
 
 A model π samples K rationales z for a question x with gold answer y and is its own reward model:
 r_k = log π(y|x⊕z_k) − β·[log π(z_k|x) − log π_0(z_k|x)]. With the leave-one-out advantage A_k the gradient (the paper's

@@ -226,7 +226,8 @@ def test_decimals_are_no_labels(text, expected):
 
 
 @pytest.mark.parametrize("grader, text, truth, correct", [
-    ("number", "The answer is 18.0 dollars", "18", True), ("number", "19", "18", False), ("number", "", "18", False),
+    ("number", "The answer is 18.0 dollars", "18", True), ("number", "The answer is 18.\n\nQ: 1+1?\nA: The answer is 2.", "18", True),
+    ("number", "19", "18", False), ("number", "", "18", False),
     ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True), ("text", "It is\nLondon", "Paris", False),
     ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
     ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
