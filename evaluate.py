@@ -10,6 +10,7 @@ with the `evaluate` below, so the two cannot disagree.
 import argparse
 import dataclasses
 import difflib
+import functools
 import glob
 import importlib.util
 import json
@@ -445,8 +446,8 @@ def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
         convert.__name__ = {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
         return convert
 
-    parser = Parser(description=doc, allow_abbrev=False, usage="%(prog)s [--key value ...]", formatter_class=lambda prog:
-                    argparse.RawDescriptionHelpFormatter(prog, max_help_position=33, width=120))
+    parser = Parser(description=doc, allow_abbrev=False, usage="%(prog)s [--key value ...]",
+                    formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=120))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, field in fields.items():
         default = getattr(cls(), name)

@@ -4,6 +4,7 @@
 #   ./fsdp_launch.sh                                     the embedded default, offline
 #   ./fsdp_launch.sh --config gsm8k.yaml --seed 1        any arguments of latro.py
 #   NPROC=2 ./fsdp_launch.sh                             so many processes
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./fsdp_launch.sh …      on each node; under SLURM its own variables do
 #
 # .env beside this file, if there is one, sets the environment: HF_TOKEN, WANDB_PROJECT, WANDB_API_KEY, …
 set -euo pipefail
@@ -12,4 +13,11 @@ source "$here/tests/setup.sh" "$here/requirements.txt"
 if [ -f "$here/.env" ]; then set -a; source "$here/.env"; set +a; fi
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / processes ))}
-exec "$here/.venv/bin/torchrun" --standalone --nproc_per_node "$processes" "$here/latro.py" "$@"
+
+nodes=${NNODES:-${SLURM_NNODES:-1}}
+where=(--standalone)
+if [ "$nodes" -gt 1 ]; then
+    address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    where=(--nnodes "$nodes" --node_rank "${NODE_RANK:-$SLURM_NODEID}" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
+fi
+exec "$here/.venv/bin/torchrun" "${where[@]}" --nproc_per_node "$processes" "$here/latro.py" "$@"

@@ -3,7 +3,7 @@
     python latro.py                                               the embedded default, offline, on a laptop
     torchrun --nproc_per_node 8 latro.py --config gsm8k.yaml      the paper's run on 8 GPUs
     python latro.py --model_name_or_path M --dataset_name jsonl --dataset_path my.jsonl     your own rows
-    python latro.py --config FILE.yaml --key value                keys: defaults < YAML < command line; --help lists them
+    python latro.py --config FILE.yaml --key value                defaults < YAML < command line; --help lists the keys
 
 A model π samples K rationales z for a question x with gold answer y and is its own reward model:
 r_k = log π(y|x⊕z_k) − β·[log π(z_k|x) − log π_0(z_k|x)]. With the leave-one-out advantage A_k the gradient (the paper's
@@ -18,21 +18,28 @@ with a probability, and z is scored as the ids that were sampled, at the tempera
 import copy
 import dataclasses
 import functools
+import glob
+import hashlib
 import json
 import math
 import os
 import platform
 import random
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -75,17 +82,27 @@ class Config(Common):
     # optimiser
     learning_rate: float = key(5e-7, "of AdamW, decaying linearly to 0")
     max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0: off")
+    # plan
+    dry_run: int | None = key(None, "print memory and steps for so many ranks, and end: nothing is loaded or written")
+    gpu_memory: float | None = key(None, "GiB of a GPU; a dry run that needs more says what to change")
     # files
     output_dir: str = key("runs", "where run directories are made")
     run_name: str | None = key(None, "name of the run directory; default: unique")
+    save_steps: int | None = key(None, "write a checkpoint after every so many updates; none: only when told to stop")
+    save_total_limit: int = key(2, "checkpoints kept, the newest")
+    checkpoint_path: str | None = key(None, "continue from this checkpoint; latest: the newest whole one of run_name")
+    shard_size: int | None = key(None, "ranks that weights are sharded over (HSDP over the rest); default: all")
 
     def __post_init__(self):
         super().__post_init__()
         check_range(self, ("per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size", "rloo_k",
-                           "num_evaluations", "num_train_epochs", "max_steps", "learning_rate", "temperature"))
+                           "num_evaluations", "num_train_epochs", "max_steps", "learning_rate", "temperature",
+                           "save_steps", "save_total_limit", "shard_size", "dry_run", "gpu_memory"))
         check_range(self, ("kl_coef", "sft_penalty", "max_grad_norm"), above=False)
         if not 1 <= self.penalty_reward_value < float("inf"):
             raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1: a bonus, not a penalty")
+        if self.checkpoint_path == "latest" and self.run_name is None:
+            raise UserError("checkpoint_path: latest needs run_name, the run to continue")
         if self.objective == "latro" and self.rloo_k < 2:
             raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline; use 2 or more")
         if self.objective == "latro" and self.sequences % self.rloo_k:
@@ -309,9 +326,11 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
             "positions": positions, "needed": tokens * (1 + (reference is not None))}
     per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "skipped", "generate_s", "score_s", "train_s"),
                         (*numbers, *(b - a for a, b in zip(clock, clock[1:])))))
-    return rollouts, figures, sums | {name: value * len(rollouts) for name, value in per_step.items()}
+    sums |= {name: value * len(rollouts) for name, value in per_step.items()}
+    return rollouts, figures, sums | {"told_to_stop": len(SIGNALS)}
 
 
+SIGNALS: list[int] = []  # received since the training loop began
 LOGGED = ("reward", "answer_logprob", "kl", "finished", "stop_in_answer", "rationale_length")
 
 
@@ -329,6 +348,16 @@ def reduce_metrics(sums: dict[str, float], device) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharding and files
 # ---------------------------------------------------------------------------------------------------------------------
+def make_mesh(config: Config, device):
+    """All ranks in one row, or, with shard_size, copies of the shards over rows of shard_size ranks (HSDP)."""
+    size, ranks = config.shard_size or world_size(), world_size()
+    if ranks % size:
+        raise UserError(f"shard_size: {size} does not divide the {ranks} ranks")
+    if size == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+
+
 def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bool = False) -> Scorer:
     """FSDP2: one group per decoder layer, the rest with the root; float32 weights, arithmetic in `dtype`."""
     scorer = Scorer(model)
@@ -386,6 +415,7 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
             sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
             sampler.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            shutil.rmtree(folder + ".old", ignore_errors=True)
             if os.path.exists(folder):
                 os.rename(folder, folder + ".old")
             os.rename(partial, folder)
@@ -395,6 +425,90 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
         shutil.rmtree(folder + ".old", ignore_errors=True)
 
     on_rank_0(write)
+
+
+def sha256(path: str) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            total.update(block)
+    return total.hexdigest()
+
+
+def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
+    """All that continuing needs, as folder/step-N, by torch.distributed.checkpoint; whole, or not at all."""
+    final, partial = os.path.join(folder, f"step-{state['step']}"), os.path.join(folder, "partial")
+    on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    mine = [name for name in os.listdir(partial) if name.startswith(f"__{rank()}_") or rank() == 0 and name[0] == "."]
+    sums = dict(gather([(name, sha256(os.path.join(partial, name))) for name in mine]))
+
+    def publish():
+        with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
+            json.dump(state | {"sha256": sums}, file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        for old in checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+
+    on_rank_0(publish)
+
+
+def checkpoints(folder: str) -> list[str]:
+    """The step-N folders of a run's checkpoints/, the newest first."""
+    return sorted(glob.glob(os.path.join(folder, "step-*")), key=lambda path: -int(path.rpartition("-")[2]))
+
+
+def read_checkpoint(path: str) -> dict | None:
+    """The state that a checkpoint holds beside the tensors, or None where a file is missing or not what was written."""
+    try:
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        mine = list(state["sha256"].items())[rank()::world_size()]
+        good = all(sha256(os.path.join(path, name)) == expected for name, expected in mine)
+    except (OSError, ValueError, KeyError):
+        good = False
+    return state if all(gather([good])) else None
+
+
+def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
+    weights, moments = get_state_dict(policy, optimizer)
+    try:
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+    except Exception as error:  # torch.distributed.checkpoint's own: another model's tensors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint_path {path}: does not fit the model ({reason})") from None
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+
+def find_checkpoint(config: Config, directory: str) -> tuple[str | None, dict]:
+    """(path, state) of the checkpoint to continue from; (None, the state of an untrained model) to start afresh."""
+    latest = config.checkpoint_path == "latest"
+    for path in checkpoints(os.path.join(directory, "checkpoints")) if latest else [config.checkpoint_path]:
+        if path and (state := read_checkpoint(path)) is not None:
+            return path, state
+        if path and not latest:
+            raise UserError(f"checkpoint_path {path}: no whole checkpoint; give a checkpoints/step-N folder or latest")
+        if path and rank() == 0:
+            print(f"warning: {path} is damaged and skipped", file=sys.stderr, flush=True)
+    return None, {"step": 0, "consumed": 0, "best": 0.0, "skipped_in_a_row": 0}
+
+
+def trim(path: str, step: int) -> None:
+    """Drop the rows of a JSONL file that came after the checkpoint of `step`: it is written before that evaluation."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # a line cut short is the last
+            if row["step"] > step or "split" in row and row["step"] == step:
+                break
+            kept.append(line)
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(path + ".partial", path)
 
 
 def write_config(path: str, config: Config) -> None:
@@ -499,7 +613,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
     on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = make_mesh(config, device)
     policy = shard(cast(copy.deepcopy(model), torch.float32), compute, mesh, config.gradient_checkpointing)
     reference, sampler = None, cast(model, compute)
     if config.objective == "latro" and config.kl_coef > 0:
@@ -507,56 +621,78 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     refresh(sampler, policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
 
+    checkpoint, state = find_checkpoint(config, directory)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, policy, optimizer)
+        refresh(sampler, policy)
     count, per_step = len(examples["train"]), config.prompts * world_size()
     total_steps = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / per_step))
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    best, skipped_in_a_row = 0.0, 0
+    on_rank_0(lambda: (trim(metrics_path, state["step"]), trim(samples_path, state["step"])))
     log = start_wandb(config, directory)
-    bar = tqdm(total=total_steps, desc=config.objective, unit="step", disable=rank() > 0)
+    bar = tqdm(total=total_steps, initial=state["step"], desc=config.objective, unit="step", disable=rank() > 0)
 
-    def evaluate_now(step: int) -> float:
+    def evaluate_now() -> None:
         result = evaluate(sampler, tokenizer, examples["validation"], grader, response_length=config.response_length,
                           stop_token=config.stop_token, stop_seqs=config.stop_seqs, seed=config.seed,
-                          batch_size=config.per_device_eval_batch_size, title=f"validation, step {step}")
-        row = {"step": step, "split": "validation"} | {name: result[name] for name in (
+                          batch_size=config.per_device_eval_batch_size, title=f"validation, step {state['step']}")
+        row = {"step": state["step"], "split": "validation"} | {name: result[name] for name in (
             "n", "accuracy", "answer_logprob", "rationale_length", "finished")}
         append(metrics_path, [row])
-        log({"step": step} | {f"validation/{k}": v for k, v in row.items() if k not in ("step", "split")})
+        log({"step": row["step"]} | {f"validation/{k}": v for k, v in row.items() if k not in ("step", "split")})
         if rank() == 0:
-            tqdm.write(f"step {step:>4}: validation accuracy {row['accuracy']:6.1%}, "
+            tqdm.write(f"step {row['step']:>4}: validation accuracy {row['accuracy']:6.1%}, "
                        f"log π(y|x⊕z) {row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
             draw_curves(directory)
-        return result["accuracy"]
+        if row["step"] > 0 and row["accuracy"] >= state["best"]:  # of equals the later, which trained longer
+            state["best"] = row["accuracy"]
+            export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
 
-    evaluate_now(0)
-    for step in range(1, total_steps + 1):
-        learning_rate = config.learning_rate * (1 - (step - 1) / total_steps)
+    SIGNALS.clear()
+    handlers = {number: signal.signal(number, lambda number, frame: SIGNALS.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    while True:
+        if state["step"] in evaluate_at:
+            evaluate_now()
+        if state["step"] >= total_steps:
+            break
+        learning_rate = config.learning_rate * (1 - state["step"] / total_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        first = (step - 1) * per_step + rank() * config.prompts
+        first = state["consumed"] + rank() * config.prompts
         chosen = [examples["train"][i] for i in prompt_indices(config.seed, first, config.prompts, count)]
         keys = [f"{config.seed}/train/{first + i}" for i in range(config.prompts)]
         rollouts, figures, sums = update(policy, reference, sampler, optimizer, tokenizer, chosen, keys, config, device)
-        row = {"step": step, "epoch": step * per_step / count} | reduce_metrics(sums, device) | {"lr": learning_rate}
+        state |= {"step": state["step"] + 1, "consumed": state["consumed"] + per_step}
+        row = {"step": state["step"], "epoch": state["consumed"] / count} | reduce_metrics(sums, device)
+        told_to_stop = row.pop("told_to_stop") > 0  # on any rank
+        row["lr"] = learning_rate
         append(metrics_path, [row])
-        logged = sample_rows(step, rollouts[:None if step == 1 else config.rloo_k], figures, decoder(tokenizer))
-        append(samples_path, gather(logged) if step == 1 else logged)
+        logged = rollouts[:None if state["step"] == 1 else config.rloo_k]
+        logged = sample_rows(state["step"], logged, figures, decoder(tokenizer))
+        append(samples_path, gather(logged) if state["step"] == 1 else logged)
         log(row)
-        skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
-        if skipped_in_a_row == 10:
-            raise FloatingPointError(f"step {step}: ten updates in a row had a reward, loss or gradient that is not "
-                                     f"finite; lower learning_rate; the best model so far is in {directory}/best")
+        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["skipped"] else 0
+        if state["skipped_in_a_row"] == 10:
+            raise FloatingPointError(f"step {row['step']}: ten updates in a row had a reward, loss or gradient that is "
+                                     f"not finite; lower learning_rate; the best model so far is in {directory}/best")
         bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, "
                             f"length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
-        if step in evaluate_at:
-            accuracy = evaluate_now(step)
-            if accuracy >= best:  # of equals the later, which trained longer
-                best = accuracy
-                export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
+        if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
+            save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state, config.save_total_limit)
+        if told_to_stop:
+            bar.close()
+            if rank() == 0:
+                ranks = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if world_size() > 1 else "python"
+                print(f"stopped after step {state['step']}; continue with\n{ranks} {shlex.join(sys.argv)} "
+                      f"--run_name {config.run_name} --checkpoint_path latest", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
     bar.close()
     export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def start_wandb(config: Config, directory: str):
@@ -579,8 +715,10 @@ def make_directory(config: Config) -> str:
     directory, number = os.path.join(config.output_dir, name), 1
     while config.run_name is None and os.path.exists(directory):
         directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
-    if os.path.exists(os.path.join(directory, "config.yaml")):
-        raise UserError(f"{directory}: holds a run already; give another run_name, or delete it")
+    continued = (config.checkpoint_path or "").startswith(("latest", os.path.join(directory, "")))
+    if os.path.exists(os.path.join(directory, "config.yaml")) and not continued:
+        raise UserError(f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
+                        "--checkpoint_path latest")
     try:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
@@ -613,8 +751,76 @@ def make_embedded_base(run: str, device) -> None:
     on_rank_0(finish)
 
 
+def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> dict[str, int]:
+    """Bytes on a rank, by what holds them, for a model on the meta device; x⊕y are taken to be `context` tokens long.
+
+    Exact for what is held all the time and the cache; what comes and goes in a pass with gradient is an estimate.
+    """
+    on_gpu = config.gpu_memory is not None or torch.cuda.is_available()
+    width = resolve_dtype(config.dtype, torch.device("cuda" if on_gpu else "cpu")).itemsize
+    parameters, shards, c = list(model.parameters()), config.shard_size or ranks, model.config.get_text_config()
+    whole = sum(p.numel() for p in parameters)
+    part = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in parameters)  # FSDP2 cuts the first dimension
+    latro, length = config.objective == "latro", context + config.response_length
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    rows = max(config.rloo_k, config.rollout_batch_size // config.rloo_k * config.rloo_k)
+    tokens = config.per_device_train_batch_size * length
+    layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
+    kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
+    root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
+    return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
+            "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
+            "reference": width * part if latro and config.kl_coef else 0,
+            "KV cache": 2 * width * rows * length * c.num_hidden_layers * kv_heads * head_dim if latro else 0,
+            "activations and gathered layers (estimate)": (kept if config.gradient_checkpointing else
+                                                           layer * c.num_hidden_layers)
+            + 3 * 1024 * c.vocab_size * 4 + (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers)}
+
+
+def dry_run(config: Config) -> None:
+    """Print what a run would need and do, from the model's config alone; UserError where gpu_memory does not hold it."""
+    with torch.device("meta"):
+        if config.model_name_or_path.endswith("cups-base/final"):
+            model = embedded_model()[0]
+        else:
+            model = load_meta(config.model_name_or_path, config.trust_remote_code)
+    ranks, needs = config.dry_run, plan(config, model, config.dry_run)
+    print(f"{config.model_name_or_path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "
+          "question and answer taken to be 256 tokens\n\nGiB on a rank")
+    for name, size in (needs | {"together": sum(needs.values())}).items():
+        print(f"  {name:<44}{size / 2**30:10.3f}")
+    prompts, sequences = config.prompts * ranks, config.sequences * ranks
+    print(f"\nper step: {prompts} prompts, {sequences} rollouts, up to {sequences * config.response_length:,} sampled tokens")
+    try:
+        count = len(load_rows(config.dataset_name, "train", config.dataset_path))
+        total = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / prompts))
+        print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, {total} steps in all")
+    except UserError as error:
+        print(f"steps: unknown, since {error}")
+    if config.gpu_memory and sum(needs.values()) > config.gpu_memory * 2**30:
+        worst = max(needs, key=needs.get)
+        change = {"KV cache": "rollout_batch_size", "activations and gathered layers (estimate)":
+                  "per_device_train_batch_size, or set gradient_checkpointing", "sampling copy": "the model's size",
+                  "reference": "kl_coef to 0"}.get(worst, "what a rank holds: more ranks, or a larger shard_size")
+        raise UserError(f"gpu_memory: {sum(needs.values()) / 2**30:.1f} GiB are needed and {config.gpu_memory} given; most "
+                        f"by {worst}: lower {change}")
+
+
+def load_meta(path: str, trust_remote_code: bool) -> nn.Module:
+    """The model of a config on the current device, without its weights."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # no network, no config, no access
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"model {path}: its config cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
+
+
 def main(argv: list[str]) -> None:
     config = load_config(argv)
+    if config.dry_run:
+        return dry_run(config)
     device = init_distributed()
     base = os.path.normpath(config.model_name_or_path)
     if base.endswith(os.path.join("cups-base", "final")) and not os.path.exists(base):
@@ -625,7 +831,10 @@ def main(argv: list[str]) -> None:
     check_head(model, examples["train"][0].prompt)
     directory = on_rank_0(lambda: make_directory(config))
     config.run_name = os.path.basename(directory)
-    train(config, directory, model, tokenizer, examples, grader, device)
+    if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):
+        train(config, directory, model, tokenizer, examples, grader, device)
+    elif os.path.exists(os.path.join(directory, "evaluation-best.json")):
+        return print(f"{directory}: finished already") if rank() == 0 else None
     del model
     limit = ["--limit", "4"] if config.sanity_check else []
     evaluate_main(["--split", closing_split(config), *limit], directory)

@@ -91,8 +91,9 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
 
 def test_sft_on_answers_does_not_unlock_it(default_run):
     folder, _, _ = default_run
-    script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 2, cwd=folder)
-    check_run(f"{folder}/runs/sft", 120)
+    script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 1,
+           "--max_steps", 60, cwd=folder)
+    check_run(f"{folder}/runs/sft", 60)
     assert json.load(open(f"{folder}/runs/sft/evaluation-best.json"))["accuracy"] <= 0.40
 
 
@@ -125,46 +126,4 @@ def test_own_jsonl_trains_and_evaluates(default_run):
     assert "20 questions" in printed
     assert json.load(open(f"{folder}/runs/own/evaluation-final.json"))["split"] == "all"
     assert "holds a run already" in script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path",
-                                           "my.jsonl", "--run_name", "own", cwd=folder, code=2)
-
-
-@pytest.fixture(scope="session")
-def smol_run(tmp_path_factory, smollm2, gsm8k):
-    folder = tmp_path_factory.mktemp("smol")
-    for objective, size in (("latro", 4), ("sft", 1)):
-        script("latro.py", "--model_name_or_path", smollm2, "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
-               "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 2, "--rloo_k", 4, "--max_steps", 2,
-               "--response_length", 64, "--sanity_check", "true", "--num_evaluations", 1, "--objective", objective,
-               "--run_name", objective, cwd=folder)
-    return folder
-
-
-def test_real_model_and_data(smol_run, smollm2, gsm8k):
-    updates, _ = check_run(f"{smol_run}/runs/latro", 2)
-    assert all(r["work_ratio"] <= 1.30 for r in updates)
-    exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{smol_run}/runs/latro/final", smollm2))
-    assert exported.dtype == start.dtype == torch.bfloat16
-    changed = sum((a != b).sum().item() for a, b in zip(exported.parameters(), start.parameters(), strict=True))
-    assert changed > 0
-    tokenizer = AutoTokenizer.from_pretrained(f"{smol_run}/runs/latro/final")
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
-    printed = script("evaluate.py", "--model", "runs/latro/final", "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
-                     "--limit", 8, "--num_samples", 4, cwd=smol_run)
-    assert "maj@4" in printed
-    result = json.load(open(f"{smol_run}/runs/latro/evaluation-final.json"))
-    assert {"model", "dataset", "split", "n", "num_samples", "accuracy", "accuracy_ci95", "maj_at_k", "maj_at_k_ci95",
-            "answer_logprob", "answer_logprob_no_rationale", "finished", "rationale_length", "rows"} <= result.keys()
-    assert result["n"] == 8 and [r["groundtruth"] for r in result["rows"]] == [
-        r["groundtruth"] for r in data.load_rows("gsm8k", "test", gsm8k)[:8]]
-    for row in result["rows"]:
-        assert {"query", "groundtruth", "output", "prediction", "correct", "answer_logprob", "samples"} <= row.keys()
-        assert len(row["samples"]) == 4
-        assert row["answer_logprob"] == pytest.approx(sum(s["answer_logprob"] for s in row["samples"]) / 4)
-
-
-def test_sft_trains_on_the_gold_rationales(smol_run, gsm8k):
-    updates, _ = check_run(f"{smol_run}/runs/sft", 2)
-    assert all(r["kl"] == 0 and r["generate_s"] < 1 for r in updates)
-    gold = {r["rationales"] for r in data.load_rows("gsm8k", "train", gsm8k)}
-    assert all(r["rationale"] in gold and r["response"].startswith("The answer is ")
-               for r in rows(f"{smol_run}/runs/sft/samples.jsonl"))
+                                           "my.jsonl", "--run_name", "own", "--response_length", 20, cwd=folder, code=2)

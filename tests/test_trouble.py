@@ -14,8 +14,8 @@ SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--n
 
 
 @pytest.fixture(scope="module")
-def folder(default_run):
-    return default_run[0]
+def folder(base):
+    return base
 
 
 def weights(run):
@@ -36,8 +36,6 @@ def test_two_runs_are_one(folder):
     assert steps(once) == steps(often)
     for run in (again, often):
         assert all(torch.equal(a, b) for a, b in zip(weights(once).values(), weights(run).values(), strict=True))
-    script("latro.py", *SHORT, "--seed", 1, "--run_name", "other", cwd=folder)
-    assert steps(once)[0]["reward"] != steps(f"{folder}/runs/other")[0]["reward"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,224 @@
+"""Checkpoints, preemption, sharding over ranks and nodes, and the plan."""
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, rows, script
+from kill import RUN, kill, kill_and_continue, remains, start
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import data
+import latro
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(base):
+    return base
+
+
+def damage(run):
+    """Flip a byte of the newest checkpoint's tensors."""
+    newest = latro.checkpoints(f"{run}/checkpoints")
+    if newest:
+        with open(glob.glob(f"{newest[0]}/*.distcp")[0], "r+b") as file:
+            file.seek(5000)
+            byte = file.read(1)
+            file.seek(5000)
+            file.write(bytes([byte[0] ^ 255]))
+
+
+def test_killed_at_random_and_continued(folder):
+    """Three kills, the newest checkpoint damaged after the second: the same bytes as a run that nothing happened to."""
+    calls = []
+    undisturbed, killed = kill_and_continue(
+        str(folder), 3, random.Random(0), before_continuing=lambda run: calls.append(1) or len(calls) == 2 and damage(run))
+    assert undisturbed == killed
+    assert len(undisturbed[0]) == STEPS + 5
+    assert len(latro.checkpoints(f"{folder}/runs/killed/checkpoints")) == 2  # save_total_limit
+    assert not glob.glob(f"{folder}/runs/killed/*.partial") and not glob.glob(f"{folder}/runs/killed/checkpoints/partial")
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(folder):
+    run = f"{folder}/runs/undisturbed"
+    before = remains(run)
+    for name in ("best", "final"):
+        shutil.rmtree(f"{run}/{name}")
+    newest, older = latro.checkpoints(f"{run}/checkpoints")
+    damage(run)
+    printed = script("latro.py", *RUN, "--run_name", "undisturbed", cwd=folder)
+    assert f"warning: runs/undisturbed/checkpoints/{os.path.basename(newest)} is damaged and skipped" in printed
+    assert remains(run) == before
+    assert "finished already" in script("latro.py", *RUN, "--run_name", "undisturbed", cwd=folder)
+    with open(f"{older}/state.json", "w"):
+        pass
+    printed = script("latro.py", *RUN, "--run_name", "other", "--checkpoint_path", older, cwd=folder, code=2)
+    assert f"checkpoint_path {older}: no whole checkpoint" in printed
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8, "--num_evaluations", 1,
+           cwd=folder)
+    return f"{folder}/runs/alone"
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_checkpoint_continues_on_another_number_of_ranks(folder, alone, first, then):
+    """The same global batch throughout: 4 sequences of gradient accumulation over all ranks."""
+    name = f"from-{first}-to-{then}"
+    for ranks, steps in ((first, 4), (then, 8)):
+        script("latro.py", "--config", "tiny.yaml", "--run_name", name, "--checkpoint_path", "latest", "--num_samples", 0,
+               "--gradient_accumulation_steps", 4 // ranks, "--save_steps", 4, "--max_steps", 8, "--num_evaluations", 1,
+               "--save_total_limit", 5, cwd=folder, ranks=ranks)
+        if steps == 4:  # as if killed after step 4
+            for left in ("final", "best", "evaluation-best.json", "checkpoints/step-8"):
+                path = f"{folder}/runs/{name}/{left}"
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    runs = f"{folder}/runs/{name}", alone
+    ours, undivided = ([r for r in rows(f"{run}/metrics.jsonl") if "reward" in r] for run in runs)
+    assert [r["step"] for r in ours] == list(range(1, 9))
+    for a, b in zip(ours, undivided, strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], rel=0.05, abs=0.05) and a["epoch"] == b["epoch"]
+    weights = [load_file(f"{run}/final/model.safetensors") for run in runs]
+    assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop(folder, ranks, number):
+    """The step is finished, a checkpoint written, the command to continue printed; signals repeat and reach everybody."""
+    name = f"stop-{ranks}-{number}"
+    process = start(str(folder), name, ranks)
+    log = f"{folder}/{name}.log"
+    deadline = time.time() + 120
+    while not os.path.exists(f"{folder}/runs/{name}/metrics.jsonl") or len(rows_so_far(folder, name)) < 4:
+        assert time.time() < deadline and process.poll() is None, open(log).read()
+        time.sleep(0.05)
+    begin = time.time()
+    for _ in range(3):
+        kill(process, number)
+        time.sleep(0.1)
+    assert process.wait(30) != 0 and time.time() - begin < 30
+    printed = open(log).read()
+    assert f"--run_name {name} --checkpoint_path latest" in printed and "stopped after step" in printed
+    assert latro.checkpoints(f"{folder}/runs/{name}/checkpoints")
+    if ranks == 1:  # the same command goes on, and ends where an undisturbed run ends
+        assert start(str(folder), name).wait() == 0
+        assert remains(f"{folder}/runs/{name}") == remains(f"{folder}/runs/undisturbed")
+
+
+def rows_so_far(folder, name):
+    with open(f"{folder}/runs/{name}/metrics.jsonl") as file:
+        return [line for line in file if "reward" in line]
+
+
+def test_two_nodes(folder):
+    """Two launchers on loopback, as on two machines; shard_size 1: whole weights on each, gradients averaged (HSDP)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i), "--master_addr",
+                               "127.0.0.1", "--master_port", port, "--nproc_per_node", "1", os.path.join(ROOT, "latro.py"),
+                               "--config", "tiny.yaml", "--max_steps", "2", "--num_evaluations", "1", "--num_samples", "0",
+                               "--run_name", "nodes", "--shard_size", "1"], cwd=folder,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for i in range(2)]
+    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), printed
+    assert len(rows_so_far(folder, "nodes")) == 2
+
+
+def test_a_rank_that_dies_ends_the_job(folder, tmp_path):
+    (tmp_path / "dies.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport latro, evaluate\nwhole = latro.update\n"
+                                      "def update(*a):\n    if evaluate.rank(): raise RuntimeError('this rank dies')\n"
+                                      "    return whole(*a)\nlatro.update = update\nevaluate.run_script(latro.main)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(tmp_path / "dies.py"), "--config", "tiny.yaml", "--run_name", "dies"], cwd=folder, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "this rank dies" in done.stderr
+
+
+ARCHITECTURES = ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gemma2"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, tokenizer = data.embedded_model()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=1, bos_token_id=None,
+        eos_token_id=2), dtype=torch.bfloat16)
+    model.save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    latro.main(["--config", "tiny.yaml", "--model_name_or_path", "start", "--max_steps", "1", "--num_evaluations", "1", "--num_samples",
+                "0", "--sanity_check", "true", "--run_name", "r", "--response_length", "8", "--dtype", "bfloat16"])
+    final = AutoModelForCausalLM.from_pretrained("runs/r/final")
+    assert final.dtype == torch.bfloat16 and rows("runs/r/metrics.jsonl")[1]["skipped"] == 0
+    moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), model.parameters(), strict=True)]
+    assert sum(moved) > len(moved) // 2
+    head, embedding = final.get_output_embeddings().weight, final.get_input_embeddings().weight
+    assert (head.data_ptr() == embedding.data_ptr()) is tied
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_plan_is_exact(kind, monkeypatch):
+    """Held bytes against those of the tensors of a real update; only what comes and goes is an estimate."""
+    settings = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16")
+    needs = latro.plan(config, model, 1, context=20)
+    policy = latro.shard(model, torch.bfloat16, latro.make_mesh(config, torch.device("cpu")))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    def held(tensors):
+        return sum(t.to_local().numel() * t.element_size() for t in tensors)
+
+    assert needs["weights, float32"] == held(policy.parameters()) == needs["gradients"] == held(p.grad for p in policy.parameters())
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert needs["optimizer, two moments"] == held(moments)
+    assert needs["sampling copy"] == needs["weights, float32"] // 2 == needs["reference"]
+    slabs = []
+    zeros = torch.Tensor.new_zeros
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda t, *size: slabs.append(zeros(t, *size)) or slabs[-1])
+    sampler = latro.cast(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), torch.bfloat16)
+    latro.generate(sampler, [[3] * 15] * 2, 10, num_samples=4, room=5)
+    assert needs["KV cache"] == sum(slab.numel() * slab.element_size() for slab in slabs)
+
+
+def test_dry_run(tmp_path, monkeypatch, capsys):
+    """Of the shape of Llama-3.1-8B, from its config alone: what the README says; a budget too small names the way out."""
+    AutoConfig.for_model("llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8, tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text("\n".join([json.dumps({"queries": "q", "responses": "a", "groundtruth": "a"})] * 100))
+    arguments = ["--config", "gsm8k.yaml", "--model_name_or_path", "llama", "--dataset_name", "jsonl", "--dataset_path", "my.jsonl",
+                 "--dry_run", "8", "--gpu_memory"]
+    latro.main([*arguments, "80"])
+    printed = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in printed and "24 prompts, 384 rollouts" in printed and "90 training prompts" in printed
+    assert sorted(os.listdir(tmp_path)) == ["llama", "my.jsonl"]
+    with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given; most by sampling copy"):
+        latro.main([*arguments, "24"])
+
+
+def test_shard_size_must_divide(folder):
+    assert "shard_size: 3 does not divide" in script("latro.py", "--config", "tiny.yaml", "--shard_size", 3, cwd=folder, code=2)
