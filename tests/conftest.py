@@ -48,7 +48,6 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smol(smollm2):
-    torch.set_num_threads(2)
     return evaluate.load_model(smollm2, torch.float32)
 
 
