@@ -93,6 +93,19 @@ def test_finished_rows_leave_the_batch(tiny, cups, monkeypatch):
     assert seen == [6] + [sum(length > t for length in lengths) for t in range(1, max(lengths))]  # prefilled once
 
 
+def test_everything_stops_at_once_and_nothing_stops(tiny, cups):
+    model, tokenizer = tiny
+    prompts, noise = [e.prompt for e in cups], uniform_rows(map(str, range(6)), 10)
+    for stop_ids, length in ((range(len(tokenizer)), 1), ((), 10)):
+        out = generate(model, prompts, 10, temperature=1.0, uniforms=noise, stop_ids=stop_ids, room=9,
+                       continuations=lambda i, ids: (len(ids) if len(ids) > 1 else 0, cups[i].answers[0]))
+        for example, (ids, _, answer) in zip(cups, out, strict=True):
+            assert len(ids) == length
+            z = ids if length > 1 else []
+            expected = plain_logprobs(model, example.prompt + z + example.answers[0], len(example.prompt) + len(z))
+            torch.testing.assert_close(torch.tensor(answer).double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_no_new_tokens_scores_the_bare_answer(tiny, cups):
     model, _ = tiny
     out = generate(model, [e.prompt for e in cups], 0, continuations=lambda i, ids: (0, cups[i].answers[0]), room=9)

@@ -15,18 +15,17 @@ import latro
 from evaluate import world_size
 
 
-class Gradients:
-    """Stands in for the optimizer: keeps the gradients of the step."""
-
-    def __init__(self, policy):
-        self.policy = policy
+class Recorder(torch.optim.AdamW):
+    """The optimizer of training, which keeps the gradients, what of them and of its state is on this rank, and the
+    weights after the step."""
 
     def step(self):
-        self.gradients = [p.grad.full_tensor().clone() for p in self.policy.parameters()]
-
-    def zero_grad(self):
-        for parameter in self.policy.parameters():
-            parameter.grad = None
+        parameters = self.param_groups[0]["params"]
+        self.gradients = [p.grad.full_tensor().clone() for p in parameters]
+        super().step()
+        self.weights = [p.detach().full_tensor().clone() for p in parameters]
+        held = [[p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]] for p in parameters]
+        self.shares = [sum(x.to_local().numel() for x in kind) / sum(x.numel() for x in kind) for kind in zip(*held)]
 
 
 def make_policy(model, gradient_checkpointing=False):
@@ -43,12 +42,12 @@ def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, grad
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter *= 1.1
-    sampler, optimizer = copy.deepcopy(model), Gradients(policy)
+    sampler, optimizer = copy.deepcopy(model), Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0)
     if rollouts is not None:
         monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
     keys = [f"key {i}" for i in range(len(examples))]
     result = latro.update(policy, make_policy(reference), sampler, optimizer, tokenizer, examples, keys, config, "cpu")
-    return *result, optimizer.gradients
+    return *result, optimizer.gradients, optimizer
 
 
 def assert_same(a, b, rtol):
@@ -93,7 +92,7 @@ def test_gradient_checkpointing(start, monkeypatch):
 def test_gradient_is_that_of_a_slow_reference(start):
     """The whole update against plain autograd, rollout by rollout, with the advantages of the logged rewards."""
     model, tokenizer, examples, rtol = start
-    rollouts, figures, _, gradients = one_update(model, tokenizer, examples)
+    rollouts, figures, _, gradients, _ = one_update(model, tokenizer, examples)
     total = 0
     for i, r in enumerate(rollouts):
         group = figures["reward"][i // 4 * 4:i // 4 * 4 + 4]
@@ -126,25 +125,25 @@ def test_one_rank_and_two(start, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True)
     loaded = torch.load(tmp_path / "two.pt", weights_only=True)
-    shares = json.load(open(tmp_path / "shares.json"))
-    assert shares == [pytest.approx(0.5, abs=0.05)] * 2  # each rank holds half of the weights
-    for x, y in zip(loaded, whole[3], strict=True):
+    for shares in json.load(open(tmp_path / "shares.json")):  # of weights, gradients and both moments each rank holds half
+        assert shares == [pytest.approx(0.5, abs=0.05)] * 4
+    for x, y in zip(loaded["gradients"], whole[3], strict=True):
         assert (x - y).norm() <= rtol * max(y.norm(), 1e-3)
+    for x, y, gradient in zip(loaded["weights"], whole[4].weights, whole[3], strict=True):
+        clear = gradient.abs() > 1e-4 * gradient.abs().max()  # AdamW's first step has the sign even of rounding errors
+        assert (x - y)[clear].norm() <= 1e-6 * y.norm()
 
 
 def on_two_ranks(folder):
-    from evaluate import init_distributed, rank
+    from evaluate import gather, init_distributed, rank
     init_distributed()
     start = torch.load(f"{folder}/start.pt", weights_only=False)
     examples, rollouts = start["examples"][rank():rank() + 1], start["rollouts"][4 * rank():4 * rank() + 4]
     latro.sample_rollouts = lambda *arguments: rollouts
-    policy = make_policy(start["model"])
-    held = sum(p.to_local().numel() for p in policy.parameters()) / sum(p.numel() for p in policy.parameters())
-    shares = [None, None]
-    torch.distributed.all_gather_object(shares, held)
-    *_, gradients = one_update(start["model"], start["tokenizer"], examples, per_device_train_batch_size=4)
+    *_, gradients, optimizer = one_update(start["model"], start["tokenizer"], examples, per_device_train_batch_size=4)
+    shares = gather([optimizer.shares])
     if rank() == 0:
-        torch.save(gradients, f"{folder}/two.pt")
+        torch.save({"gradients": gradients, "weights": optimizer.weights}, f"{folder}/two.pt")
         json.dump(shares, open(f"{folder}/shares.json", "w"))
     torch.distributed.destroy_process_group()
 

@@ -222,3 +222,39 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
 
 def test_shard_size_must_divide(folder):
     assert "shard_size: 3 does not divide" in script("latro.py", "--config", "tiny.yaml", "--shard_size", 3, cwd=folder, code=2)
+
+
+def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
+    """Peak memory of the process while the bfloat16 copy is refreshed from float32 shards (Linux counts it)."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("needs Linux's /proc")
+    config = AutoConfig.for_model("llama", vocab_size=60, hidden_size=512, intermediate_size=1024, num_hidden_layers=24,
+                                  num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    sampler = latro.cast(AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16)
+    policy = latro.shard(model, torch.bfloat16, latro.make_mesh(latro.Config(), torch.device("cpu")))
+    latro.refresh(sampler, policy)  # what is allocated once is allocated
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    before = memory("VmRSS")
+    latro.refresh(sampler, policy)
+    copy_size = 2 * sum(p.numel() for p in sampler.parameters())
+    assert copy_size > 100e6 and memory("VmHWM") - before < 0.2 * copy_size
+
+
+def memory(name):
+    """Bytes, as /proc counts them."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def test_rows_that_do_not_divide_by_the_ranks(folder):
+    """Five questions on two ranks: all there, once, in order, as on one rank."""
+    results = []
+    for ranks in (1, 2):
+        script("evaluate.py", "--model", "runs/cups-base/final", "--dataset_name", "cups", "--limit", 5, "--num_samples", 3, "--out",
+               "five.json", "--response_length", 24, cwd=folder, ranks=ranks)
+        results.append(json.load(open(f"{folder}/five.json")))
+    one, two = ([{k: row[k] for k in ("query", "output", "correct")} | {"samples": [s["output"] for s in row["samples"]]}
+                 for row in result["rows"]] for result in results)
+    assert len(one) == 5 and one == two
