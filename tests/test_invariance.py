@@ -127,6 +127,9 @@ def test_one_rank_and_two(start, tmp_path):
     loaded = torch.load(tmp_path / "two.pt", weights_only=True)
     for shares in json.load(open(tmp_path / "shares.json")):  # of weights, gradients and both moments each rank holds half
         assert shares == [pytest.approx(0.5, abs=0.05)] * 4
+    elements = sum(p.numel() for p in model.parameters())
+    planned = latro.plan(latro.Config(), model, 2)["weights, float32"] / 4 / elements
+    assert planned == pytest.approx(max(s[0] for s in json.load(open(tmp_path / "shares.json"))), abs=1e-9)
     for x, y in zip(loaded["gradients"], whole[3], strict=True):
         assert (x - y).norm() <= rtol * max(y.norm(), 1e-3)
     for x, y, gradient in zip(loaded["weights"], whole[4].weights, whole[3], strict=True):

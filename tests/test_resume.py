@@ -129,12 +129,18 @@ def test_two_nodes(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i), "--master_addr",
-                               "127.0.0.1", "--master_port", port, "--nproc_per_node", "1", os.path.join(ROOT, "latro.py"),
-                               "--config", "tiny.yaml", "--max_steps", "2", "--num_evaluations", "1", "--num_samples", "0",
-                               "--run_name", "nodes", "--shard_size", "1"], cwd=folder,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for i in range(2)]
+    arguments = ["--config", "tiny.yaml", "--max_steps", "2", "--num_evaluations", "1", "--num_samples", "0", "--run_name", "nodes",
+                 "--shard_size", "1"]
+    nodes = []
+    for i in range(2):
+        if sys.prefix == os.path.join(ROOT, ".venv"):  # set up by tests/run.sh: the launcher itself
+            command = [os.path.join(ROOT, "fsdp_launch.sh"), *arguments]
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i), "--master_addr",
+                       "127.0.0.1", "--master_port", port, os.path.join(ROOT, "latro.py"), *arguments]
+        environment = {"OMP_NUM_THREADS": "1", "NNODES": "2", "NODE_RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        nodes.append(subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, text=True))
     printed = [node.communicate(timeout=200)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), printed
     assert len(rows_so_far(folder, "nodes")) == 2
@@ -165,10 +171,19 @@ def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch
         eos_token_id=2), dtype=torch.bfloat16)
     model.save_pretrained("start")
     tokenizer.save_pretrained("start")
+    export, trained = latro.export, {}
+
+    def recording(folder, policy, *rest):
+        trained.update({name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()})
+        export(folder, policy, *rest)
+
+    monkeypatch.setattr(latro, "export", recording)
     latro.main(["--config", "tiny.yaml", "--model_name_or_path", "start", "--max_steps", "1", "--num_evaluations", "1", "--num_samples",
                 "0", "--sanity_check", "true", "--run_name", "r", "--response_length", "8", "--dtype", "bfloat16"])
     final = AutoModelForCausalLM.from_pretrained("runs/r/final")
     assert final.dtype == torch.bfloat16 and rows("runs/r/metrics.jsonl")[1]["skipped"] == 0
+    for name, parameter in final.named_parameters():  # exactly the float32 master weights, cast to the base's dtype
+        assert trained[name].dtype == torch.float32 and torch.equal(trained[name].bfloat16(), parameter)
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), model.parameters(), strict=True)]
     assert sum(moved) > len(moved) // 2
     head, embedding = final.get_output_embeddings().weight, final.get_input_embeddings().weight
