@@ -2,8 +2,10 @@
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -77,15 +79,24 @@ def rows(path):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A folder in which runs/cups-base is made: by `python latro.py`, as for any user."""
-    folder = tmp_path_factory.mktemp("base")
-    script("latro.py", "--config", "tiny.yaml", "--max_steps", 1, "--sanity_check", "true", "--run_name", "made", cwd=folder)
+    folder, shared = tmp_path_factory.mktemp("base"), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers: the first to come makes it, the others wait
+    try:
+        os.mkdir(shared / "making")
+        printed = script("latro.py", "--config", "tiny.yaml", "--max_steps", 1, "--sanity_check", "true", cwd=shared / "making")
+        assert "making the base model runs/cups-base/final (once)" in printed
+        os.rename(shared / "making/runs/cups-base", shared / "cups-base")
+    except FileExistsError:
+        while not os.path.exists(shared / "cups-base"):
+            time.sleep(0.2)
+    shutil.copytree(shared / "cups-base", folder / "runs/cups-base")
     return folder
 
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory):
-    """`python latro.py` in an empty folder: (folder, run directory, what was printed)."""
-    folder = tmp_path_factory.mktemp("default")
-    printed = script("latro.py", cwd=folder)
-    [run] = glob.glob(f"{folder}/runs/cups-latro-*")
-    return folder, run, printed
+def default_run(base):
+    """`python latro.py` where the base is made: (folder, run directory, what was printed)."""
+    printed = script("latro.py", cwd=base)
+    [run] = glob.glob(f"{base}/runs/cups-latro-*")
+    return base, run, printed

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RUN = ("--config", "tiny.yaml", "--max_steps", "24", "--num_evaluations", "4", "--num_samples", "0", "--save_steps", "2",
+RUN = ("--config", "tiny.yaml", "--max_steps", "24", "--num_evaluations", "4", "--num_samples", "0", "--save_steps", "2", "--sanity_check", "true",
        "--gradient_accumulation_steps", "2", "--checkpoint_path", "latest")
 
 

@@ -16,7 +16,7 @@ def smol_run(tmp_path_factory, smollm2, gsm8k):
     for objective, size in (("latro", 4), ("sft", 1)):
         script("latro.py", "--model_name_or_path", smollm2, "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
                "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 2, "--rloo_k", 4, "--max_steps", 2,
-               "--response_length", 64, "--sanity_check", "true", "--num_evaluations", 1, "--objective", objective,
+               "--response_length", 64 if objective == "latro" else 16, "--sanity_check", "true", "--num_evaluations", 1, "--objective", objective,
                "--run_name", objective, cwd=folder)
     return folder
 

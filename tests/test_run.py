@@ -41,7 +41,7 @@ def test_default_learns_to_track(default_run):
     assert base["rationale_length"] < 2 and 11 < best["rationale_length"] < 14
     assert best["maj_at_k"] >= 0.97 and best["answer_logprob"] > base["answer_logprob"] + 0.5
     assert best["accuracy_ci95"][0] < best["accuracy"] <= best["accuracy_ci95"][1]
-    assert "greedy accuracy" in printed and "maj@8" in printed and "making the base model" in printed
+    assert "greedy accuracy" in printed and "maj@8" in printed
     assert updates[-1]["kl"] > 0.1 > updates[0]["kl"] and updates[-1]["reward"] > updates[0]["reward"] + 0.5
     assert sum(r["work_ratio"] for r in updates) / len(updates) <= 1.10
     assert evaluations[-1]["accuracy"] >= 0.97 and len(evaluations) == 13
@@ -92,16 +92,16 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
 def test_sft_on_answers_does_not_unlock_it(default_run):
     folder, _, _ = default_run
     script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 1,
-           "--max_steps", 60, cwd=folder)
-    check_run(f"{folder}/runs/sft", 60)
+           "--max_steps", 40, cwd=folder)
+    check_run(f"{folder}/runs/sft", 40)
     assert json.load(open(f"{folder}/runs/sft/evaluation-best.json"))["accuracy"] <= 0.40
 
 
 def test_two_ranks_do_what_one_does(default_run):
     folder, run, _ = default_run
-    script("latro.py", "--config", "tiny.yaml", "--gradient_accumulation_steps", 2, "--max_steps", 60, "--num_evaluations", 1,
+    script("latro.py", "--config", "tiny.yaml", "--gradient_accumulation_steps", 2, "--max_steps", 40, "--num_evaluations", 1,
            "--run_name", "two", cwd=folder, ranks=2)
-    updates, evaluations = check_run(f"{folder}/runs/two", 60)
+    updates, evaluations = check_run(f"{folder}/runs/two", 40)
     alone = [r for r in rows(f"{run}/metrics.jsonl") if "reward" in r]
     for key in STEP_KEYS - {"grad_norm"}:  # the first update sees the same prompts and the same randomness
         if not key.endswith("_s") and key != "work_ratio":

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import latro
 
-SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--num_samples", 0)
+SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--num_samples", 0, "--sanity_check", "true")
 
 
 @pytest.fixture(scope="module")
