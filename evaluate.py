@@ -508,6 +508,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt:  # outside the training loop, which finishes its step
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

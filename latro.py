@@ -650,8 +650,9 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
             export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
 
     SIGNALS.clear()
+    stoppable = config.model_name_or_path != "embedded"  # the making of the base is short, and begins anew
     handlers = {number: signal.signal(number, lambda number, frame: SIGNALS.append(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+                for number in (signal.SIGTERM, signal.SIGINT) if stoppable}
     while True:
         if state["step"] in evaluate_at:
             evaluate_now()
