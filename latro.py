@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -351,8 +352,6 @@ def reduce_metrics(sums: dict[str, float], device) -> dict[str, float]:
 def make_mesh(config: Config, device):
     """All ranks in one row, or, with shard_size, copies of the shards over rows of shard_size ranks (HSDP)."""
     size, ranks = config.shard_size or world_size(), world_size()
-    if ranks % size:
-        raise UserError(f"shard_size: {size} does not divide the {ranks} ranks")
     if size == ranks:
         return init_device_mesh(device.type, (ranks,))
     return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
@@ -700,10 +699,7 @@ def start_wandb(config: Config, directory: str):
     """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to nowhere."""
     if rank() > 0 or not os.environ.get("WANDB_PROJECT") or config.model_name_or_path == "embedded":
         return lambda row: None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it") from None
+    import wandb
     run = wandb.init(name=os.path.basename(directory), dir=directory, config=dataclasses.asdict(config))
     return lambda row: run.log(row, step=row["step"])
 
@@ -761,7 +757,7 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     width = resolve_dtype(config.dtype, torch.device("cuda" if on_gpu else "cpu")).itemsize
     parameters, shards, c = list(model.parameters()), config.shard_size or ranks, model.config.get_text_config()
     whole = sum(p.numel() for p in parameters)
-    part = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in parameters)  # FSDP2 cuts the first dimension
+    part = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in parameters)  # FSDP2 cuts dimension 0
     latro, length = config.objective == "latro", context + config.response_length
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
@@ -780,7 +776,7 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
 
 
 def dry_run(config: Config) -> None:
-    """Print what a run would need and do, from the model's config alone; UserError where gpu_memory does not hold it."""
+    """Print what a run would need and do, from the model's config alone; UserError where gpu_memory is too little."""
     with torch.device("meta"):
         if config.model_name_or_path.endswith("cups-base/final"):
             model = embedded_model()[0]
@@ -792,7 +788,8 @@ def dry_run(config: Config) -> None:
     for name, size in (needs | {"together": sum(needs.values())}).items():
         print(f"  {name:<44}{size / 2**30:10.3f}")
     prompts, sequences = config.prompts * ranks, config.sequences * ranks
-    print(f"\nper step: {prompts} prompts, {sequences} rollouts, up to {sequences * config.response_length:,} sampled tokens")
+    print(f"\nper step: {prompts} prompts, {sequences} rollouts, "
+          f"up to {sequences * config.response_length:,} sampled tokens")
     try:
         count = len(load_rows(config.dataset_name, "train", config.dataset_path))
         total = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / prompts))
@@ -804,8 +801,8 @@ def dry_run(config: Config) -> None:
         change = {"KV cache": "rollout_batch_size", "activations and gathered layers (estimate)":
                   "per_device_train_batch_size, or set gradient_checkpointing", "sampling copy": "the model's size",
                   "reference": "kl_coef to 0"}.get(worst, "what a rank holds: more ranks, or a larger shard_size")
-        raise UserError(f"gpu_memory: {sum(needs.values()) / 2**30:.1f} GiB are needed and {config.gpu_memory} given; most "
-                        f"by {worst}: lower {change}")
+        raise UserError(f"gpu_memory: {sum(needs.values()) / 2**30:.1f} GiB are needed and {config.gpu_memory} given; "
+                        f"most by {worst}: lower {change}")
 
 
 def load_meta(path: str, trust_remote_code: bool) -> nn.Module:
@@ -815,7 +812,7 @@ def load_meta(path: str, trust_remote_code: bool) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # no network, no config, no access
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model {path}: its config cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
+        raise UserError(f"model {path}: no config ({reason}); give a Hugging Face folder or hub id") from None
 
 
 def main(argv: list[str]) -> None:
@@ -830,6 +827,12 @@ def main(argv: list[str]) -> None:
                                   config.attn_implementation, config.trust_remote_code, own_dtype=True)
     examples, grader = load_examples(config, model, tokenizer)
     check_head(model, examples["train"][0].prompt)
+    if world_size() % (config.shard_size or 1):
+        raise UserError(f"shard_size: {config.shard_size} does not divide the {world_size()} ranks")
+    if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb") is None:
+        raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
+    if config.checkpoint_path != "latest":
+        find_checkpoint(config, "")  # before anything is written
     directory = on_rank_0(lambda: make_directory(config))
     config.run_name = os.path.basename(directory)
     if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):

@@ -1,10 +1,12 @@
 """Bad input: one line that names the culprit and the way out, exit code 2, nothing written or overwritten."""
 import errno
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -113,7 +115,9 @@ TRAINING = [  # arguments of latro.py → what the line must say
         "nothing", "no_weights", "cut_weights", "no_tokenizer", "small_embedding", "missing_weights", "bad_config")],
     (JSONL + "good.jsonl --model_name_or_path no_eos", "EOS"),
     (JSONL + "good.jsonl --run_name held", "runs/held: holds a run already"),
-    (JSONL + "only_train", "split test"), ("--stop_seqs The --objective sft --temperature 0", "temperature"),
+    (JSONL + "only_train", "split test"), (JSONL + "good.jsonl --shard_size 3", "shard_size: 3 does not divide the 1 ranks"),
+    (JSONL + "good.jsonl --checkpoint_path nothing", "checkpoint_path nothing: no whole checkpoint"),
+    (JSONL + "good.jsonl --checkpoint_path latest", "checkpoint_path: latest needs run_name"), ("--stop_seqs The --objective sft --temperature 0", "temperature"),
     (JSONL + "good.jsonl --output_dir a_file", "a_file"), (JSONL + "good.jsonl --run_name a/b", "run_name"),
     (JSONL + "good.jsonl --attn_implementation sdpaa", "sdpaa"),
 ]
@@ -186,6 +190,26 @@ def test_math_verify_missing(monkeypatch):
     from data import grade
     with pytest.raises(UserError, match="pip install"):
         grade("math", r"\boxed{1}", {"groundtruth": "2"})
+
+
+def test_wandb(place, monkeypatch):
+    """Missing: said before anything is written. There: every row of metrics is logged, evaluations under their split."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    arguments = (JSONL + "good.jsonl --model_name_or_path model --response_length 8 --max_steps 2 --run_name w").split()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name, *rest))
+    with pytest.raises(UserError, match="wandb is missing"):
+        latro.main(arguments)
+    assert not os.path.exists("runs/w")
+    rows = []
+    wandb = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step})))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name == "wandb" else find(name, *rest))
+    latro.main(arguments)
+    assert [row["at"] for row in rows] == [0, 1, 1, 2, 2]
+    assert "validation/accuracy" in rows[0] and "reward" in rows[1] and not any("split" in row for row in rows)
+    shutil.rmtree("runs/w")
 
 
 def test_what_looks_odd_but_is_right(place, monkeypatch):

@@ -235,10 +235,6 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
         latro.main([*arguments, "24"])
 
 
-def test_shard_size_must_divide(folder):
-    assert "shard_size: 3 does not divide" in script("latro.py", "--config", "tiny.yaml", "--shard_size", 3, cwd=folder, code=2)
-
-
 def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
     """Peak memory of the process while the bfloat16 copy is refreshed from float32 shards (Linux counts it)."""
     if not os.path.exists("/proc/self/clear_refs"):
