@@ -761,7 +761,8 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     latro, length = config.objective == "latro", context + config.response_length
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    rows = max(config.rloo_k, config.rollout_batch_size // config.rloo_k * config.rloo_k)
+    rollouts = min(config.sequences, max(config.rloo_k, config.rollout_batch_size // config.rloo_k * config.rloo_k))
+    rows = max(config.per_device_eval_batch_size, rollouts if latro else 0)  # whichever cache is larger
     tokens = config.per_device_train_batch_size * length
     layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
     kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
@@ -769,7 +770,7 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part if latro and config.kl_coef else 0,
-            "KV cache": 2 * width * rows * length * c.num_hidden_layers * kv_heads * head_dim if latro else 0,
+            "KV cache": 2 * width * rows * length * c.num_hidden_layers * kv_heads * head_dim,
             "activations and gathered layers (estimate)": (kept if config.gradient_checkpointing else
                                                            layer * c.num_hidden_layers)
             + 3 * 1024 * c.vocab_size * 4 + (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers)}

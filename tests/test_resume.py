@@ -196,7 +196,7 @@ def test_plan_is_exact(kind, monkeypatch):
     settings = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                 "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16")
+    config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16", per_device_eval_batch_size=3)
     needs = latro.plan(config, model, 1, context=20)
     policy = latro.shard(model, torch.bfloat16, latro.make_mesh(config, torch.device("cpu")))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
@@ -230,6 +230,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     latro.main([*arguments, "80"])
     printed = capsys.readouterr().out
     assert "8,030,261,248 parameters" in printed and "24 prompts, 384 rollouts" in printed and "90 training prompts" in printed
+    assert "together                                        48.113" in printed
     assert sorted(os.listdir(tmp_path)) == ["llama", "my.jsonl"]
     with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given; most by sampling copy"):
         latro.main([*arguments, "24"])
