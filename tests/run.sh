@@ -16,4 +16,4 @@ if [ -z "${SMOLLM2:-}" ] && [ -f "$shared/smollm2.py" ]; then
 fi
 if [ -z "${GSM8K:-}" ] && [ -d "$shared/gsm8k" ]; then export GSM8K="$shared/gsm8k"; fi
 cd "$here"
-OMP_NUM_THREADS=1 exec "$python" -m pytest tests -q -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
