@@ -118,6 +118,9 @@ class Config(Common):
     def prompts(self) -> int:  # per step and rank
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
+    def total_steps(self, count: int, ranks: int) -> int:  # updates of a run over `count` training prompts
+        return self.max_steps or max(1, math.ceil(round(self.num_train_epochs * count) / (self.prompts * ranks)))
+
 
 def load_config(argv: list[str]) -> Config:
     """The settings of a command line; --config names a YAML file as given, or one in configs/ beside this file."""
@@ -625,7 +628,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         load_checkpoint(checkpoint, policy, optimizer)
         refresh(sampler, policy)
     count, per_step = len(examples["train"]), config.prompts * world_size()
-    total_steps = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / per_step))
+    total_steps = config.total_steps(count, world_size())
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
     on_rank_0(lambda: (trim(metrics_path, state["step"]), trim(samples_path, state["step"])))
@@ -793,8 +796,8 @@ def dry_run(config: Config) -> None:
           f"up to {sequences * config.response_length:,} sampled tokens")
     try:
         count = len(load_rows(config.dataset_name, "train", config.dataset_path))
-        total = config.max_steps or max(1, math.ceil(round(config.num_train_epochs * count) / prompts))
-        print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, {total} steps in all")
+        print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, "
+              f"{config.total_steps(count, ranks)} steps in all")
     except UserError as error:
         print(f"steps: unknown, since {error}")
     if config.gpu_memory and sum(needs.values()) > config.gpu_memory * 2**30:
