@@ -8,6 +8,7 @@
 with the `evaluate` below, so the two cannot disagree.
 """
 import argparse
+import atexit
 import dataclasses
 import difflib
 import functools
@@ -414,6 +415,22 @@ def print_results(results: dict[str, dict], shown: int = 2) -> None:
     print(flush=True)
 
 
+def print_rollouts(path: str) -> None:
+    """Of the last step in a samples.jsonl, the rollouts with the highest and the lowest advantage."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.endswith("\n")]  # a line cut short is still being written
+    last = [row for row in rows if row["step"] == rows[-1]["step"] and row["advantage"] is not None]
+    if not last:  # no step yet, or a reward that is not finite
+        return
+    last.sort(key=lambda row: row["advantage"])
+    print(f"  The last step, {last[0]['step']}: of {len(last)} logged rollouts, those with the")
+    for which, row in (("highest", last[-1]), ("lowest", last[0])):
+        print(f"  {which} advantage, {row['advantage']:.3f}: reward {row['reward']:.3f}, "
+              f"{'finished' if row['finished'] else 'not finished'}\n    Q: …{' '.join(row['query'].split())[-100:]}\n"
+              f"    rationale: {row['rationale'].strip()}\n    answer: {row['response'].strip()}")
+    print(flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,8 +528,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:  # outside the training loop, which finishes its step
         sys.exit(130)
     finally:
+        ranks = world_size()
         if dist.is_initialized():
             dist.destroy_process_group()
+    if ranks > 1:  # A gloo thread that outlives the group (DTensor's cache keeps it) and gives a tensor back while the
+        atexit._run_exitfuncs()  # interpreter shuts down would abort the process: end without that shutdown.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 @dataclasses.dataclass
@@ -602,6 +624,9 @@ def main(argv: list[str], run: str | None = None) -> None:
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
         print_results(results)
+        samples = os.path.join(run, "samples.jsonl")
+        if s.model is None and config.get("objective") == "latro" and os.path.exists(samples):
+            print_rollouts(samples)
         for label, result in results.items():
             out = s.out or os.path.join(run if config else ".", f"evaluation-{label}.json")
             with open(out, "w", encoding="utf-8") as file:

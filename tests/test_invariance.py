@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import latro
-from evaluate import world_size
+from evaluate import run_script, world_size
 
 
 class Recorder(torch.optim.AdamW):
@@ -123,7 +123,8 @@ def test_one_rank_and_two(start, tmp_path):
     whole = one_update(model, tokenizer, examples)
     torch.save({"model": model, "tokenizer": tokenizer, "examples": examples, "rollouts": whole[0]}, tmp_path / "start.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "two.pt", weights_only=True)
     for shares in json.load(open(tmp_path / "shares.json")):  # of weights, gradients and both moments each rank holds half
         assert shares == [pytest.approx(0.5, abs=0.05)] * 4
@@ -148,8 +149,7 @@ def on_two_ranks(folder):
     if rank() == 0:
         torch.save({"gradients": gradients, "weights": optimizer.weights}, f"{folder}/two.pt")
         json.dump(shares, open(f"{folder}/shares.json", "w"))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    on_two_ranks(sys.argv[1])
+    run_script(lambda argv: on_two_ranks(*argv))
