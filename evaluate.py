@@ -45,10 +45,12 @@ transformers_logging.disable_progress_bar()  # ours show the long work
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU and on a CPU that has it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
+    native = device.type == "cuda" or any(cpu.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
@@ -106,121 +108,172 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     continuations: Callable[[int, list[int]], tuple[int, list[int]]] | None = None,
     room: int = 0,
+    batch_size: int | None = None,
+    look_every: int | None = None,
 ) -> list[tuple[list[int], list[float], list[float]]]:
-    """Sample `num_samples` continuations of each prompt, with a KV cache.
+    """Sample `num_samples` continuations of each prompt, with a KV cache and continuous batching.
 
-    Each prompt is prefilled once and its cache expanded to num_samples rows; prompts may differ in length (they are
-    padded on the left). A row ends with a token of `stop_ids`, with the token that completes one of `stop_seqs` in the
-    decoded text, or after max_new_tokens; it then leaves the batch. Row i belongs to prompt i // num_samples.
+    batch_size rows (default: all) are decoded together. A row ends with a token of `stop_ids`, with the token that
+    completes one of `stop_seqs` in the decoded text, or after max_new_tokens; then it leaves the batch and a waiting
+    row takes its place. Each prompt is prefilled once. Row i belongs to prompt i // num_samples.
 
     model: a transformers causal LM. temperature: 0 is greedy. uniforms: (rows, max_new_tokens) in [0, 1), all the
     randomness: row i's t-th token inverts the CDF at uniforms[i, t], whatever else is in the batch.
-    continuations(i, ids) → (n, y): when all rows have ended, y (at most `room` tokens) is scored after
-    prompt⊕ids[:n] on the live cache, which costs len(y) positions and no second pass over the prompt.
+    continuations(i, ids) → (n, y), called when row i has ended: before it leaves, y (at most `room` tokens) is fed
+    after prompt⊕ids[:n] on its cache, which scores it without a second pass over the prompt.
+    look_every: steps until the host looks at the tokens again (default 1; 16 on a GPU, which then waits for it less
+    often). What was sampled past an end is dropped: the result does not depend on it.
 
     Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
     device, rows = model.device, len(prompts) * num_samples
-    width = max(map(len, prompts))
-    slab_length, length = width + max_new_tokens + room, 0
+    width, look_every = min(batch_size or rows, rows), look_every or (16 if model.device.type == "cuda" else 1)
     wide = torch.promote_types(model.dtype, torch.float32)  # of log-probabilities
+    slack = 64  # slots that the batch may drift to the right before it is moved back
+    slots = max(map(len, prompts)) + max_new_tokens + room + 2 * look_every + slack
+    length = 0  # slots in use: every row of the batch ends there, so that one index serves all
 
     class Slab(DynamicLayer):
-        """One layer's keys and values, preallocated; live rows first. Rows that ended stay behind them, intact."""
+        """One layer's keys and values, (width, heads, slots, head size), written in place."""
 
-        def update(self, keys, values, *args, **kwargs):  # (n, heads, new tokens, head size)
-            if not self.is_initialized:  # the prefill: one row per prompt comes in, num_samples rows are kept
-                self.lazy_initialization(keys, values)
-                room_for = [x.new_zeros(rows, x.shape[1], slab_length, x.shape[3]) for x in (keys, values)]
-                for slab, x in zip(room_for, (keys, values)):
-                    slab[:, :, :width] = x.repeat_interleave(num_samples, 0)
-                self.keys, self.values = room_for
-                return keys, values
-            n, end = keys.shape[0], length + keys.shape[2]
-            self.keys[:n, :, length:end], self.values[:n, :, length:end] = keys, values
-            return self.keys[:n, :, :end], self.values[:n, :, :end]
+        def __init__(self, *like):
+            super().__init__()
+            self.lazy_initialization(*like)  # zeros below: what is masked is still multiplied, by 0
+            self.keys, self.values = (x.new_zeros(width, x.shape[1], slots, x.shape[3]) for x in like)
+
+        def update(self, keys, values, *args, **kwargs):  # (live, heads, 1, head size)
+            live = len(keys)
+            self.keys[:live, :, length:length + 1], self.values[:live, :, length:length + 1] = keys, values
+            return self.keys[:live, :, :length + 1], self.values[:live, :, :length + 1]
 
         def get_seq_length(self):
             return length
 
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), slab_length, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt):] = torch.tensor(prompt)
-        mask[i, width - len(prompt):] = True
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-    cache = Cache(layer_class_to_replicate=Slab)
-    logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, past_key_values=cache,
-                   use_cache=True, logits_to_keep=1).logits[:, -1].repeat_interleave(num_samples, 0)  # (rows, V)
-    length = width
-    mask = mask.repeat_interleave(num_samples, 0)
-    prompt_lengths = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(num_samples)
+    cache, prefilled = Cache(layers=[]), {}
+    batch: list[int | None] = [None] * width  # the row in each slab row; None: free
+    extent = [0] * width  # tokens in the cache, which end at slot `length`
+    ahead: list[list[int]] = [[]] * width  # the tokens to feed: the last one sampled, or of prompt⊕z⊕y what is left
+    waiting = list(range(rows))[::-1]  # the next row is the last
+    out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
+    ended = set()  # rows that have, and whose y is being scored
     uniforms = None if uniforms is None else uniforms.to(device)
-
-    out, logprobs = [[] for _ in range(rows)], [[] for _ in range(rows)]
-    order = torch.arange(rows, device=device)  # slab row → row of the result; the first `live` are still going
-    live = rows
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
-    for step in range(max_new_tokens):
-        now = order[:live]
-        scores = (logits.to(wide) / (temperature or 1.0)).log_softmax(-1)  # (live, V)
-        if temperature == 0:
-            tokens = scores.argmax(-1)
-        else:
-            cdf = scores.double().exp().cumsum(-1)
-            tokens = torch.searchsorted(cdf, uniforms[now, step, None].double() * cdf[:, -1:], right=True)[:, 0]
-            tokens = tokens.clamp(max=scores.shape[-1] - 1)
-        picked = scores.gather(-1, tokens[:, None])[:, 0].tolist()
-        going, ended = [], []
-        for slot, (row, token, logprob) in enumerate(zip(order[:live].tolist(), tokens.tolist(), picked)):
-            out[row].append(token)
-            logprobs[row].append(logprob)
-            text = decode(out[row][-window:]) if stop_seqs else ""
-            (ended if token in stop_ids or any(s in text for s in stop_seqs) else going).append(slot)
-        if not going or step == max_new_tokens - 1:
-            break
-        if ended:  # close the gaps: swap rows that ended near the front with live ones from the back
-            holes = [s for s in ended if s < len(going)]
-            movers = [s for s in going if s >= len(going)]
-            a, b = (torch.tensor(x, dtype=torch.long, device=device) for x in (holes + movers, movers + holes))
-            order[a], tokens[a] = order[b], tokens[b]
-            for layer in cache.layers if holes else ():
-                for slab in (layer.keys, layer.values):
-                    slab[a, :, :length] = slab[b, :, :length]
-            live = len(going)
-            now = order[:live]
-        mask[now, length] = True
-        logits = model(input_ids=tokens[:live, None], attention_mask=mask[now, :length + 1],
-                       position_ids=(prompt_lengths[now] + step)[:, None], past_key_values=cache, use_cache=True,
-                       logits_to_keep=1).logits[:, -1]
-        length += 1
-    if continuations is None:
-        return [(out[i], logprobs[i], []) for i in range(rows)]
 
-    # Score y on the cache. The last token of prompt⊕ids[:n] is fed again before y, for the logits of y's first token.
-    chosen = [continuations(row, out[row]) for row in range(rows)]
-    extra = max(len(y) for _, y in chosen)
-    fed = torch.zeros(rows, extra, dtype=torch.long)
-    for row, (n, y) in enumerate(chosen):
-        fed[row, :len(y)] = torch.tensor([(prompts[row // num_samples] + out[row][:n])[-1], *y[:-1]])
-    starts = prompt_lengths + torch.tensor([n for n, _ in chosen], device=device) - 1  # tokens before that one
-    # Shift each row to end at the last slot: y follows without a gap, which a sliding window would count.
-    first = width - prompt_lengths
-    source = torch.arange(length, device=device) + (first + starts - length)[:, None]  # (rows, length)
-    source = source.clamp(min=0)[order, None, :, None]
-    for layer in cache.layers:
-        for slab in (layer.keys, layer.values):
-            slab[:, :, :length] = slab.gather(2, source.expand(-1, slab.shape[1], -1, slab.shape[3]))
-    mask = torch.arange(length + extra, device=device) >= (length - starts)[:, None]
-    positions = starts[:, None] + torch.arange(extra, device=device)
-    logits = model(input_ids=fed.to(device)[order], attention_mask=mask[order], position_ids=positions[order],
-                   past_key_values=cache, use_cache=True).logits  # (rows, extra, V)
-    scored = [[] for _ in range(rows)]
-    for slot, row in enumerate(order.tolist()):
-        y = torch.tensor(chosen[row][1], device=device)
-        scored[row] = logits[slot, :len(y)].to(wide).log_softmax(-1).gather(-1, y[:, None])[:, 0].tolist()
-    return [(out[i], logprobs[i], scored[i]) for i in range(rows)]
+    def slabs():
+        return (slab for layer in cache.layers for slab in (layer.keys, layer.values))
+
+    def align(target: int) -> None:
+        """Move the batch, so that its rows end at slot `target`."""
+        nonlocal length
+        kept = min(target, length)
+        for slab in slabs() if target != length else ():
+            slab[:, :, target - kept:target] = slab[:, :, length - kept:length].clone()
+        length = target
+
+    def prefill(chosen: list[int]) -> None:
+        """Keys and values of prompts, padded on the left."""
+        longest = max(len(prompts[p]) for p in chosen)
+        ids, mask = (torch.zeros(len(chosen), longest, dtype=torch.long) for _ in range(2))
+        for i, p in enumerate(chosen):
+            ids[i, longest - len(prompts[p]):], mask[i, longest - len(prompts[p]):] = torch.tensor(prompts[p]), 1
+        own = Cache(layer_class_to_replicate=DynamicLayer)
+        model(input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=own, use_cache=True,
+              position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device), logits_to_keep=1)
+        if not cache.layers:
+            cache.layers += [Slab(layer.keys, layer.values) for layer in own.layers]
+        for i, p in enumerate(chosen):
+            prefilled[p] = [x[i, :, :-1] for layer in own.layers for x in (layer.keys, layer.values)]
+
+    def end(slot: int) -> None:
+        """The row in `slot` has its last token: go on with y, or leave."""
+        row = batch[slot]
+        if continuations is None:
+            batch[slot] = None
+            return
+        n, y = continuations(row, out[row])
+        kept = prompts[row // num_samples] + out[row][:n]
+        surplus = extent[slot] - len(kept) + 1  # the last token is fed again, for the logits of y's first
+        for slab in slabs() if surplus else ():
+            slab[slot, :, surplus:length] = slab[slot, :, :length - surplus].clone()
+        extent[slot], ahead[slot] = len(kept) - 1, kept[-1:] + y
+        ended.add(row)
+
+    while waiting or any(row is not None for row in batch):
+        # Waiting rows take the free places, an eighth of the batch at a time: a prefill delays all rows.
+        free = [slot for slot in range(width) if batch[slot] is None]
+        if waiting and len(free) >= max(1, width // 8):
+            chosen = [(slot, waiting.pop()) for slot in free[:len(waiting)]]
+            if new := sorted({row // num_samples for _, row in chosen} - set(prefilled)):
+                prefill(new)
+            align(max(length, *(len(prompts[row // num_samples]) - 1 for _, row in chosen)))
+            for slot, row in chosen:
+                prompt = prompts[row // num_samples]
+                batch[slot], extent[slot], ahead[slot] = row, len(prompt) - 1, prompt[-1:]
+                for slab, x in zip(slabs(), prefilled[row // num_samples]):
+                    slab[slot, :, length - extent[slot]:length] = x[:, x.shape[1] - extent[slot]:]
+                if (row + 1) % num_samples == 0:
+                    del prefilled[row // num_samples]
+                if max_new_tokens == 0:
+                    end(slot)
+        # Live rows come to the front, the last into the first hole.
+        live = sum(row is not None for row in batch)
+        holes = [slot for slot in range(live) if batch[slot] is None]
+        movers = [slot for slot in range(live, width) if batch[slot] is not None]
+        for slab in slabs() if holes else ():
+            slab[holes, :, :length] = slab[movers, :, :length]
+        for hole, mover in zip(holes, movers):
+            batch[hole], extent[hole], ahead[hole], batch[mover] = batch[mover], extent[mover], ahead[mover], None
+        if not live:
+            continue
+        if length - max(extent[:live]) > slack:
+            align(max(extent[:live]))
+
+        # A few steps without a look: feed a token of each row, sample or score the next.
+        now = batch[:live]
+        given = torch.tensor([(tokens + [-1] * look_every)[1:look_every + 1] for tokens in ahead[:live]], device=device)
+        tokens = torch.tensor([tokens[0] for tokens in ahead[:live]], device=device)  # (live,)
+        seen = torch.tensor(extent[:live], device=device)
+        heat = [1.0 if row in ended else temperature or 1.0 for row in now]
+        heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None].to(wide)
+        indices, at = torch.tensor(now, device=device), torch.tensor([len(out[row]) for row in now], device=device)
+        drawn, picked = [], []
+        for step in range(look_every):
+            seen = seen + 1
+            mask = torch.arange(length + 1, device=device) >= length + 1 - seen[:, None]
+            logits = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=seen[:, None] - 1,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            length += 1
+            scores = (logits.to(wide) / heat).log_softmax(-1)  # (live, V)
+            if temperature == 0:
+                tokens = scores.argmax(-1)
+            else:
+                cdf = scores.double().exp().cumsum(-1)
+                noise = uniforms[indices, (at + step).clamp(max=max_new_tokens - 1), None].double()
+                tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+            tokens = torch.where(given[:, step] < 0, tokens, given[:, step])
+            drawn.append(tokens)
+            picked.append(scores.gather(-1, tokens[:, None])[:, 0])
+
+        # Look.
+        drawn, picked = torch.stack(drawn, 1).tolist(), torch.stack(picked, 1).tolist()
+        for slot, row in enumerate(now):
+            extent[slot] += look_every
+            if row in ended:
+                known = min(look_every, len(ahead[slot]) - 1)
+                scored[row] += picked[slot][:known]
+                ahead[slot] = ahead[slot][known:]
+                if len(ahead[slot]) == 1:
+                    batch[slot] = None
+                continue
+            ahead[slot] = drawn[slot][-1:]
+            for token, logprob in zip(drawn[slot], picked[slot]):
+                out[row].append(token)
+                logprobs[row].append(logprob)
+                text = decode(out[row][-window:]) if stop_seqs else ""
+                if token in stop_ids or any(s in text for s in stop_seqs) or len(out[row]) == max_new_tokens:
+                    end(slot)
+                    break
+    return list(zip(out, logprobs, scored))
 
 
 def truncate(ids: list[int], stop_ids: typing.Collection[int], stop_seqs: typing.Sequence[str],
@@ -351,24 +404,23 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
 
     def outputs(samples: int, length: int) -> list[list[dict]]:
         """For each of this rank's examples `samples` graded outputs (0: one, greedy) of at most `length` tokens."""
-        graded, k = [], max(1, samples)
-        for begin in range(0, len(mine), max(1, batch_size // k)):
-            chunk, cuts = mine[begin:begin + max(1, batch_size // k)], {}
+        k, cuts = max(1, samples), {}
 
-            def continuation(row: int, ids: list[int], chunk=chunk, cuts=cuts) -> tuple[int, list[int]]:
-                cuts[row] = n, _, _ = truncate(ids, stop_ids, stop_seqs, decode)
-                return n, answer_ids(examples[chunk[row // k]], ids[:n], decode)
+        def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
+            bar.update()
+            cuts[row] = n, _, _ = truncate(ids, stop_ids, stop_seqs, decode)
+            return n, answer_ids(examples[mine[row // k]], ids[:n], decode)
 
-            keys = [f"{seed}/evaluate/{i}/{j}" for i in chunk for j in range(samples)]
-            drawn = generate(model, [examples[i].prompt for i in chunk], length, num_samples=k, stop_ids=stop_ids,
-                             temperature=temperature if samples else 0.0, uniforms=uniform_rows(keys, length),
-                             continuations=continuation, room=room)
-            for row, (ids, _, answer_logprobs) in enumerate(drawn):
-                output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
-                prediction, correct = grade(grader, output, examples[chunk[row // k]].row)
-                graded.append({"output": output, "prediction": prediction, "correct": correct, "finished": cuts[row][2],
-                               "rationale_length": cuts[row][0], "answer_logprob": sum(answer_logprobs)})
-            bar.update(len(drawn))
+        drawn = generate(model, [examples[i].prompt for i in mine], length, num_samples=k, stop_ids=stop_ids,
+                         temperature=temperature if samples else 0.0, continuations=continuation, room=room,
+                         uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(k)], length),
+                         batch_size=batch_size) if mine else []
+        graded = []
+        for row, (ids, _, answer_logprobs) in enumerate(drawn):
+            output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+            prediction, correct = grade(grader, output, examples[mine[row // k]].row)
+            graded.append({"output": output, "prediction": prediction, "correct": correct, "finished": cuts[row][2],
+                           "rationale_length": cuts[row][0], "answer_logprob": sum(answer_logprobs)})
         return [graded[i:i + k] for i in range(0, len(graded), k)]
 
     greedy, bare = outputs(0, response_length), outputs(0, 0)
@@ -423,11 +475,12 @@ def print_rollouts(path: str) -> None:
     if not last:  # no step yet, or a reward that is not finite
         return
     last.sort(key=lambda row: row["advantage"])
-    print(f"  The last step, {last[0]['step']}: of {len(last)} logged rollouts, those with the")
+    print(f"  Step {last[0]['step']}, of {len(last)} logged rollouts:")
     for which, row in (("highest", last[-1]), ("lowest", last[0])):
-        print(f"  {which} advantage, {row['advantage']:.3f}: reward {row['reward']:.3f}, "
-              f"{'finished' if row['finished'] else 'not finished'}\n    Q: …{' '.join(row['query'].split())[-100:]}\n"
-              f"    rationale: {row['rationale'].strip()}\n    answer: {row['response'].strip()}")
+        query = " ".join(row["query"].split())
+        print(f"\n  {which} advantage {row['advantage']:.3f}, reward {row['reward']:.3f}, "
+              f"{'finished' if row['finished'] else 'not finished'}\n  Q: {'…' * (len(query) > 100)}{query[-100:]}\n"
+              f"  rationale: {row['rationale'].strip()}\n  answer: {row['response'].strip()}")
     print(flush=True)
 
 
@@ -549,7 +602,7 @@ class Common:
     stop_token: str = key("eos", "besides the end of the turn: eos, pad or both", ("eos", "pad", "both"))
     stop_seqs: list[str] = key(["The answer is"], "strings that end a rationale, wherever the tokenizer splits them")
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
-    dtype: str = key("auto", "of the arithmetic; auto: bfloat16 on a GPU, float32 on a CPU",
+    dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
     attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else what the model prefers")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")

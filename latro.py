@@ -70,7 +70,7 @@ class Config(Common):
     # how many at once; prompts per step and rank = per_device_train_batch_size * gradient_accumulation_steps / rloo_k
     per_device_train_batch_size: int = key(4, "sequences in a pass with gradient")
     gradient_accumulation_steps: int = key(8, "passes with gradient per update")
-    rollout_batch_size: int = key(64, "rollouts sampled together, in whole prompts (at least rloo_k)")
+    rollout_batch_size: int = key(64, "rollouts decoded together; as some end, others begin")
     gradient_checkpointing: bool = key(False, "compute activations again in the backward pass, to save memory")
     # objective
     rloo_k: int = key(4, "K, rationales per prompt")
@@ -203,25 +203,20 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs, decode) -
 def sample_rollouts(model, tokenizer, examples: list[Example], config: Config, keys: list[str]) -> list[Rollout]:
     """rloo_k rollouts per example, sampled by the plain model; y is scored on the sampler's cache."""
     decode, stop_ids = decoder(tokenizer), stop_token_ids(tokenizer, model, config.stop_token)
-    k, rollouts = config.rloo_k, [None] * (len(examples) * config.rloo_k)
-    room = max(len(ids) for example in examples for ids in example.answers)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # prompts of like length share a batch
-    width = max(1, config.rollout_batch_size // k)  # prompts
-    for batch in (order[i:i + width] for i in range(0, len(order), width)):
-        slots = [i * k + j for i in batch for j in range(k)]  # row of the batch → place among the rollouts
+    rollouts: list[Rollout] = [None] * (len(examples) * config.rloo_k)
 
-        def continuation(row: int, ids: list[int], slots=slots) -> tuple[int, list[int]]:
-            rollout = cut_rollout(examples[slots[row] // k], ids, stop_ids, config.stop_seqs, decode)
-            rollouts[slots[row]] = rollout
-            return len(rollout.rationale), rollout.answer
+    def continuation(row: int, ids: list[int]) -> tuple[int, list[int]]:
+        rollouts[row] = cut_rollout(examples[row // config.rloo_k], ids, stop_ids, config.stop_seqs, decode)
+        return len(rollouts[row].rationale), rollouts[row].answer
 
-        noise = uniform_rows([f"{keys[slot // k]}/{slot % k}" for slot in slots], config.response_length)
-        sampled = generate(model, [examples[i].prompt for i in batch], config.response_length, num_samples=k,
-                           temperature=config.temperature, uniforms=noise, stop_ids=stop_ids,
-                           stop_seqs=config.stop_seqs, decode=decode, continuations=continuation, room=room)
-        for slot, (_, logprobs, answer_logprobs) in zip(slots, sampled):
-            rollouts[slot].rationale_logprob = sum(logprobs[:len(rollouts[slot].actions)])
-            rollouts[slot].answer_logprob = sum(answer_logprobs)
+    noise = uniform_rows([f"{key}/{j}" for key in keys for j in range(config.rloo_k)], config.response_length)
+    sampled = generate(model, [e.prompt for e in examples], config.response_length, num_samples=config.rloo_k,
+                       temperature=config.temperature, uniforms=noise, stop_ids=stop_ids, stop_seqs=config.stop_seqs,
+                       decode=decode, continuations=continuation, batch_size=config.rollout_batch_size,
+                       room=max(len(ids) for e in examples for ids in e.answers))
+    for rollout, (_, logprobs, answer_logprobs) in zip(rollouts, sampled):
+        rollout.rationale_logprob = sum(logprobs[:len(rollout.actions)])
+        rollout.answer_logprob = sum(answer_logprobs)
     return rollouts
 
 
@@ -764,8 +759,8 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     latro, length = config.objective == "latro", context + config.response_length
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    rollouts = min(config.sequences, max(config.rloo_k, config.rollout_batch_size // config.rloo_k * config.rloo_k))
-    rows = max(config.per_device_eval_batch_size, rollouts if latro else 0)  # whichever cache is larger
+    rows = max(config.per_device_eval_batch_size, min(config.sequences, config.rollout_batch_size) if latro else 0)
+    slots = length + 64 + 2 * (16 if on_gpu else 1)  # as generate takes them
     tokens = config.per_device_train_batch_size * length
     layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
     kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
@@ -773,7 +768,7 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part if latro and config.kl_coef else 0,
-            "KV cache": 2 * width * rows * length * c.num_hidden_layers * kv_heads * head_dim,
+            "KV cache": 2 * width * rows * slots * c.num_hidden_layers * kv_heads * head_dim,
             "activations and gathered layers (estimate)": (kept if config.gradient_checkpointing else
                                                            layer * c.num_hidden_layers)
             + 3 * 1024 * c.vocab_size * 4 + (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers)}

@@ -1,4 +1,6 @@
 """Sampling, truncation and scoring against slow, obvious references, and against transformers on a real model."""
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,7 +92,31 @@ def test_finished_rows_leave_the_batch(tiny, cups, monkeypatch):
     out = generate(model, [e.prompt for e in cups], 30, num_samples=4, temperature=1.0, stop_ids=set(range(2, 12)),
                    uniforms=uniform_rows(map(str, range(24)), 30))
     lengths = [len(ids) for ids, _, _ in out]
-    assert seen == [6] + [sum(length > t for length in lengths) for t in range(1, max(lengths))]  # prefilled once
+    assert seen == [6] + [sum(length > t for length in lengths) for t in range(max(lengths))]  # prefilled once
+
+
+@pytest.mark.parametrize("batch_size, look_every", [(1, 1), (5, 1), (5, 4), (24, 7), (9, 16)])
+def test_batch_size_and_looks_change_nothing(tiny, cups, monkeypatch, batch_size, look_every):
+    """Rows that wait for a place, and a host that looks seldom, get the same tokens and figures; a prompt is prefilled
+    once, whenever its samples begin; a free place is taken at once."""
+    model, tokenizer = copy.deepcopy(tiny[0]).double(), tiny[1]
+    options = {"num_samples": 4, "temperature": 1.3, "uniforms": uniform_rows(map(str, range(24)), 30), "stop_ids": {2, 5},
+               "stop_seqs": [" cup", "1 3"], "decode": decoder(tokenizer), "room": 6,
+               "continuations": lambda row, ids: (len(ids) // 2, cups[row // 4].answers[0])}
+    prompts = [e.prompt[i:] for i, e in enumerate(cups)]
+    expected, fed, forward = generate(model, prompts, 30, **options), [], model.forward
+    assert len({len(ids) for ids, _, _ in expected}) > 5
+    monkeypatch.setattr(model, "forward", lambda *a, **k: fed.append(k["input_ids"].shape) or forward(*a, **k))
+    got = generate(model, prompts, 30, batch_size=batch_size, look_every=look_every, **options)
+    assert [row[0] for row in got] == [row[0] for row in expected]
+    for a, b in zip(got, expected):
+        assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
+    assert sum(n for n, length in fed if length > 1) == 6
+    steps = [n for n, length in fed if length == 1]
+    assert max(steps) == batch_size
+    if look_every == 1:
+        positions = sum(len(ids) + len(cups[row // 4].answers[0]) for row, (ids, _, _) in enumerate(got))
+        assert sum(steps) == positions  # each sampled token and each of y is fed once, and nothing else
 
 
 def test_everything_stops_at_once_and_nothing_stops(tiny, cups):

@@ -11,6 +11,7 @@ from conftest import rows, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import evaluate
 
 STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss", "sft_loss",
              "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
@@ -87,12 +88,45 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     printed = script("evaluate.py", cwd=folder)
     assert "base" in printed and "best" in printed and "500 questions" in printed and "100.0%" in printed
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
+    last = [r for r in rows(f"{run}/samples.jsonl") if r["step"] == 120]
+    assert "Step 120, of 8 logged rollouts" in printed and f"Q: {last[0]['query']}" in printed
+    for which, pick in (("highest", max), ("lowest", min)):
+        assert f"{which} advantage {pick(r['advantage'] for r in last):.3f}, reward " in printed
+
+
+def test_rollouts_with_the_highest_and_the_lowest_advantage(tmp_path, capsys):
+    row = {"query": "x " * 80 + "Where is\nit?", "response": " The answer is 1.<eos>", "reward": -0.5, "finished": True}
+    shown = [(1, 9.0, "an earlier step"), (2, -1.25, "worst"), (2, 0.5, "between"), (2, None, "not a number"), (2, 0.75, "best")]
+    path = tmp_path / "samples.jsonl"
+    with open(path, "w") as file:
+        for step, advantage, rationale in shown:
+            file.write(json.dumps(row | {"step": step, "advantage": advantage, "rationale": rationale}) + "\n")
+        file.write('{"step": 3, "adv')  # a run that is still writing
+    evaluate.print_rollouts(str(path))
+    printed = capsys.readouterr().out
+    assert printed == f"""  Step 2, of 3 logged rollouts:
+
+  highest advantage 0.750, reward -0.500, finished
+  Q: …{("x " * 80 + "Where is it?")[-100:]}
+  rationale: best
+  answer: The answer is 1.<eos>
+
+  lowest advantage -1.250, reward -0.500, finished
+  Q: …{("x " * 80 + "Where is it?")[-100:]}
+  rationale: worst
+  answer: The answer is 1.<eos>
+
+"""
+    path.write_text("")
+    evaluate.print_rollouts(str(path))
+    assert capsys.readouterr().out == ""
 
 
 def test_sft_on_answers_does_not_unlock_it(default_run):
     folder, _, _ = default_run
-    script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 1,
-           "--max_steps", 40, cwd=folder)
+    printed = script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 1,
+                     "--max_steps", 40, cwd=folder)
+    assert "greedy accuracy" in printed and "advantage" not in printed  # it samples nothing
     check_run(f"{folder}/runs/sft", 40)
     assert json.load(open(f"{folder}/runs/sft/evaluation-best.json"))["accuracy"] <= 0.40
 
