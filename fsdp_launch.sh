@@ -17,7 +17,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / proce
 nodes=${NNODES:-${SLURM_NNODES:-1}}
 where=(--standalone)
 if [ "$nodes" -gt 1 ]; then
-    address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
     where=(--nnodes "$nodes" --node_rank "${NODE_RANK:-$SLURM_NODEID}" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
 fi
 exec "$here/.venv/bin/torchrun" "${where[@]}" --nproc_per_node "$processes" "$here/latro.py" "$@"
