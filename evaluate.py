@@ -45,7 +45,7 @@ transformers_logging.disable_progress_bar()  # ours show the long work
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU and on a CPU that has it natively, else float32."""
+    """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU or a CPU that has it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
@@ -129,7 +129,7 @@ def generate(
     device, rows = model.device, len(prompts) * num_samples
     width, look_every = min(batch_size or rows, rows), look_every or (16 if model.device.type == "cuda" else 1)
     wide = torch.promote_types(model.dtype, torch.float32)  # of log-probabilities
-    slack = 64  # slots that the batch may drift to the right before it is moved back
+    slack = 32  # slots that the batch may drift to the right before it is moved back
     slots = max(map(len, prompts)) + max_new_tokens + room + 2 * look_every + slack
     length = 0  # slots in use: every row of the batch ends there, so that one index serves all
 
