@@ -667,9 +667,9 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         told_to_stop = row.pop("told_to_stop") > 0  # on any rank
         row["lr"] = learning_rate
         append(metrics_path, [row])
-        logged = rollouts[:None if state["step"] == 1 else config.rloo_k]
-        logged = sample_rows(state["step"], logged, figures, decoder(tokenizer))
-        append(samples_path, gather(logged) if state["step"] == 1 else logged)
+        whole = state["step"] in (1, total_steps)  # else a prompt's rollouts
+        logged = sample_rows(state["step"], rollouts[:None if whole else config.rloo_k], figures, decoder(tokenizer))
+        append(samples_path, gather(logged) if whole else logged)
         log(row)
         state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["skipped"] else 0
         if state["skipped_in_a_row"] == 10:

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from conftest import rows, script
-from test_run import check_run
+from test_run import assert_plain_transformers_answers, check_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -23,7 +23,7 @@ def smol_run(tmp_path_factory, smollm2, gsm8k):
 
 def test_real_model_and_data(smol_run, smollm2, gsm8k):
     updates, _ = check_run(f"{smol_run}/runs/latro", 2)
-    assert all(r["work_ratio"] <= 1.30 for r in updates)
+    assert all(r["work_ratio"] <= 1.10 for r in updates)
     exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{smol_run}/runs/latro/final", smollm2))
     assert exported.dtype == start.dtype == torch.bfloat16
     changed = sum((a != b).sum().item() for a, b in zip(exported.parameters(), start.parameters(), strict=True))
@@ -31,7 +31,7 @@ def test_real_model_and_data(smol_run, smollm2, gsm8k):
     tokenizer = AutoTokenizer.from_pretrained(f"{smol_run}/runs/latro/final")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
     printed = script("evaluate.py", "--model", "runs/latro/final", "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
-                     "--limit", 8, "--num_samples", 4, cwd=smol_run)
+                     "--limit", 8, "--num_samples", 4, "--dtype", "float32", cwd=smol_run)
     assert "maj@4" in printed
     result = json.load(open(f"{smol_run}/runs/latro/evaluation-final.json"))
     assert {"model", "dataset", "split", "n", "num_samples", "accuracy", "accuracy_ci95", "maj_at_k", "maj_at_k_ci95",
@@ -42,6 +42,7 @@ def test_real_model_and_data(smol_run, smollm2, gsm8k):
         assert {"query", "groundtruth", "output", "prediction", "correct", "answer_logprob", "samples"} <= row.keys()
         assert len(row["samples"]) == 4
         assert row["answer_logprob"] == pytest.approx(sum(s["answer_logprob"] for s in row["samples"]) / 4)
+    assert_plain_transformers_answers(f"{smol_run}/runs/latro/final", result["rows"][:3], 64)
 
 
 def test_sft_trains_on_the_gold_rationales(smol_run, gsm8k):

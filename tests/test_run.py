@@ -33,6 +33,17 @@ def check_run(run, steps):
     return updates, evaluations
 
 
+def assert_plain_transformers_answers(folder, evaluated, length):
+    """What transformers alone makes of the folder says, greedily, what evaluate.py says that it does."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row in evaluated:
+        ids = tokenizer(row["query"], add_special_tokens=False, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=length, do_sample=False)[0, ids["input_ids"].shape[1]:].tolist()
+        out = out[:-1] if out[-1] == tokenizer.eos_token_id else out
+        assert tokenizer.decode(out) == row["output"]
+
+
 def test_default_learns_to_track(default_run):
     _, run, printed = default_run
     updates, evaluations = check_run(run, 120)
@@ -46,6 +57,24 @@ def test_default_learns_to_track(default_run):
     assert updates[-1]["kl"] > 0.1 > updates[0]["kl"] and updates[-1]["reward"] > updates[0]["reward"] + 0.5
     assert sum(r["work_ratio"] for r in updates) / len(updates) <= 1.10
     assert evaluations[-1]["accuracy"] >= 0.97 and len(evaluations) == 13
+    assert_plain_transformers_answers(f"{run}/best", best["rows"][:10], 24)
+
+
+def test_bfloat16_learns_as_well(base):
+    script("latro.py", "--config", "tiny.yaml", "--dtype", "bfloat16", "--run_name", "bf16", "--max_steps", 20,
+           "--num_evaluations", 1, "--num_samples", 0, cwd=base)
+    assert json.load(open(f"{base}/runs/bf16/evaluation-best.json"))["accuracy"] >= 0.97
+
+
+def test_auto_is_bfloat16_where_it_is_native(monkeypatch):
+    for capabilities, expected in (({"amx_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.bfloat16),
+                                   ({"avx512_bf16": False}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        assert evaluate.resolve_dtype("auto", torch.device("cpu")) == expected
+        assert evaluate.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+        assert evaluate.resolve_dtype("float32", torch.device("cuda")) == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.11
+    assert evaluate.resolve_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_run_directory_reproduces_the_run(default_run):
@@ -54,7 +83,7 @@ def test_run_directory_reproduces_the_run(default_run):
         text = file.read()
     assert yaml.safe_load(text)["rloo_k"] == 8 and f"torch {torch.__version__}" in text.splitlines()[0]
     samples = rows(f"{run}/samples.jsonl")
-    assert sum(r["step"] == 1 for r in samples) == 128 and sum(r["step"] == 120 for r in samples) == 8
+    assert [sum(r["step"] == step for r in samples) for step in (1, 2, 119, 120)] == [128, 8, 8, 128]
     tokenizer = AutoTokenizer.from_pretrained(f"{run}/best")
     for row in samples[:20]:
         assert tokenizer.decode(row["ids"][:row["z_start"]]) == row["query"]
@@ -89,9 +118,10 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     assert "base" in printed and "best" in printed and "500 questions" in printed and "100.0%" in printed
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
     last = [r for r in rows(f"{run}/samples.jsonl") if r["step"] == 120]
-    assert "Step 120, of 8 logged rollouts" in printed and f"Q: {last[0]['query']}" in printed
+    assert "Step 120, of 128 logged rollouts" in printed
     for which, pick in (("highest", max), ("lowest", min)):
-        assert f"{which} advantage {pick(r['advantage'] for r in last):.3f}, reward " in printed
+        row = pick(last, key=lambda r: r["advantage"])
+        assert f"{which} advantage {row['advantage']:.3f}, reward " in printed and f"Q: {row['query']}" in printed
 
 
 def test_rollouts_with_the_highest_and_the_lowest_advantage(tmp_path, capsys):
