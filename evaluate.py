@@ -308,7 +308,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
         logits = head(hidden)  # (chunk, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits / temperature[:, None].to(logits.dtype)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return -nn.functional.cross_entropy(logits, targets, reduction="none")
 
     temperature = torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets))
     parts = zip(hidden.split(chunk), targets.split(chunk), temperature.split(chunk))
