@@ -3,6 +3,7 @@ import glob
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -60,10 +61,11 @@ def test_default_learns_to_track(default_run):
     assert_plain_transformers_answers(f"{run}/best", best["rows"][:10], 24)
 
 
-def test_bfloat16_learns_as_well(base):
+def test_bfloat16_learns_as_well(base, tmp_path):
+    shutil.copytree(base / "runs/cups-base", tmp_path / "runs/cups-base")
     script("latro.py", "--config", "tiny.yaml", "--dtype", "bfloat16", "--run_name", "bf16", "--max_steps", 20,
-           "--num_evaluations", 1, "--num_samples", 0, cwd=base)
-    assert json.load(open(f"{base}/runs/bf16/evaluation-best.json"))["accuracy"] >= 0.97
+           "--num_evaluations", 1, "--num_samples", 0, cwd=tmp_path)
+    assert json.load(open(f"{tmp_path}/runs/bf16/evaluation-best.json"))["accuracy"] >= 0.97
 
 
 def test_auto_is_bfloat16_where_it_is_native(monkeypatch):
