@@ -388,6 +388,12 @@ def interval95(rate: float, n: int) -> list[float]:
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
+def majority(samples: list[dict]) -> bool:
+    """Whether the most frequent prediction of graded samples is right; of equally frequent ones the first counts."""
+    votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
+    return any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0])
+
+
 def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, *, response_length: int,
              num_samples: int = 0, temperature: float = 1.0, stop_token: str = "eos",
              stop_seqs: typing.Sequence[str] = (), batch_size: int = 64, seed: int = 0, title: str = "") -> dict:
@@ -413,7 +419,7 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
 
         drawn = generate(model, [examples[i].prompt for i in mine], length, num_samples=k, stop_ids=stop_ids,
                          temperature=temperature if samples else 0.0, continuations=continuation, room=room,
-                         uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(k)], length),
+                         uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(samples)], length),
                          batch_size=batch_size) if mine else []
         graded = []
         for row, (ids, _, answer_logprobs) in enumerate(drawn):
@@ -428,12 +434,11 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
     bar.close()
     rows = []
     for i, [row], [empty], samples in zip(mine, greedy, bare, sampled):
-        votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
         rows.append((i, {"query": prompt_text(tokenizer, examples[i].row["queries"]),
                          "groundtruth": examples[i].row["groundtruth"], **row,
                          "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
                          "answer_logprob_no_rationale": empty["answer_logprob"],
-                         "majority": any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0]),
+                         "majority": majority(samples),
                          "samples": samples}))
     rows = [row for _, row in sorted(gather(rows), key=lambda pair: pair[0])]
     result = {"n": len(rows), "num_samples": num_samples, "accuracy": mean(r["correct"] for r in rows)}

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import fmean as mean, quantiles, stdev
 
@@ -103,11 +102,7 @@ def run_all(runs: Path) -> None:
 
 def maj(rows: list[dict], k: int) -> float:
     """maj@k in %, by evaluate.py's vote: the mean over all questions' disjoint groups of k samples."""
-    def right(samples: list[dict]) -> bool:
-        votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None).most_common(1)
-        return any(s["correct"] for s in samples if votes and s["prediction"] == votes[0][0])
-
-    return 100 * mean(right(row["samples"][i:i + k]) for row in rows for i in range(0, len(row["samples"]), k))
+    return 100 * mean(evaluate.majority(row["samples"][i:i + k]) for row in rows for i in range(0, len(row["samples"]), k))
 
 
 def summarise(runs: Path) -> dict:
