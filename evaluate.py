@@ -9,6 +9,7 @@ with the `evaluate` below, so the two cannot disagree.
 """
 import argparse
 import atexit
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -81,7 +82,30 @@ def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cp
     if max([tokenizer.vocab_size - 1, *ordinary]) >= held:  # Gemma 3's text models lack their image token, rightly
         raise UserError(f"model {path}: its tokenizer has {len(tokenizer)} tokens and its embedding {held}; "
                         "they do not belong together")
+    if torch.device(device).type == "cpu":
+        for parameter in model.parameters():  # they lie where the file is mapped, unaligned: slow to read
+            parameter.data = parameter.data.clone()
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FewRowsLinear
     return model.to(device).eval(), tokenizer
+
+
+class FewRowsLinear(nn.Linear):
+    """nn.Linear where the products of decoding, a few rows by a whole weight, are slow as the libraries of a CPU do
+    them (`python tests/bench.py --only rows`): W·xᵀ in bfloat16, blocks of 32 outputs in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) → (..., out)
+        rows, weight = x.flatten(0, -2), self.weight
+        if weight.dtype == torch.bfloat16 and 1 < len(rows) <= 16:
+            y = (weight @ rows.T).T.contiguous()
+        elif weight.dtype == torch.float32 and 1 < len(rows) <= 8 and len(weight) % 32 == 0:
+            blocks = weight.view(-1, 32, self.in_features)  # (out / 32, 32, in)
+            y = rows.expand(len(blocks), -1, -1) @ blocks.mT  # (out / 32, rows, 32)
+            y = y.transpose(0, 1).flatten(1)
+        else:
+            return super().forward(x)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 
 def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
@@ -247,7 +271,7 @@ def generate(
             if temperature == 0:
                 tokens = scores.argmax(-1)
             else:
-                cdf = scores.double().exp().cumsum(-1)
+                cdf = scores.exp().cumsum(-1, dtype=torch.float64)
                 noise = uniforms[indices, (at + step).clamp(max=max_new_tokens - 1), None].double()
                 tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
             tokens = torch.where(given[:, step] < 0, tokens, given[:, step])
@@ -298,12 +322,15 @@ def truncate(ids: list[int], stop_ids: typing.Collection[int], stop_seqs: typing
 
 
 def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor,
-                   temperature: torch.Tensor | float = 1.0, chunk: int = 1024) -> torch.Tensor:
+                   temperature: torch.Tensor | float = 1.0, chunk: int | None = None) -> torch.Tensor:
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
     hidden (N, H), targets (N,), temperature a number or (N,); returns (N,), differentiable. The logits exist for
-    `chunk` positions at a time and are computed again in the backward pass: never (N, V) whole.
+    `chunk` positions at a time (default 256; 1024 on a GPU, where the weight's gradient is added less often) and are
+    computed again in the backward pass: never (N, V) whole.
     """
+    chunk = chunk or (1024 if hidden.is_cuda else 256)
+
     def some(hidden, targets, temperature):
         logits = head(hidden)  # (chunk, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -419,8 +446,8 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
 
         drawn = generate(model, [examples[i].prompt for i in mine], length, num_samples=k, stop_ids=stop_ids,
                          temperature=temperature if samples else 0.0, continuations=continuation, room=room,
-                         uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(samples)], length),
-                         batch_size=batch_size) if mine else []
+                         uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(samples)],
+                                               length), batch_size=batch_size) if mine else []
         graded = []
         for row, (ids, _, answer_logprobs) in enumerate(drawn):
             output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
@@ -569,6 +596,10 @@ def init_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    elif mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+        # Freed tensors up to 64 MiB stay with the process: else glibc gives every one back to the system, and a third
+        # of an update goes into the zeroed pages of the next. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
+        mallopt(-3, 1 << 26), mallopt(-1, (1 << 31) - 1)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if cuda else "gloo", **alone)

@@ -254,6 +254,29 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
 # ---------------------------------------------------------------------------------------------------------------------
 # One update
 # ---------------------------------------------------------------------------------------------------------------------
+def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices of sequences in groups of like length, the longest first, none with more padded positions than `size` of
+    the longest. As few groups as hold padding below 8%, at most twice the fewest; as many on every rank, because FSDP's
+    passes are collective."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    n, longest, fewest = len(order), max(lengths), math.ceil(len(lengths) / size)
+
+    @functools.cache
+    def cut(count: int) -> tuple[int, list[int]]:  # (positions, ends) of the best `count` groups
+        best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # of the first so many sequences
+        for _ in range(count):
+            steps = [(positions + (end - begin) * lengths[order[begin]], [*ends, end])
+                     for begin, (positions, ends) in best.items() if begin < n
+                     for end in range(begin + 1, min(n, begin + size * longest // lengths[order[begin]]) + 1)]
+            best = {ends[-1]: (positions, ends) for positions, ends in sorted(steps, reverse=True)}
+        return best[n]
+
+    counts = range(fewest, min(2 * fewest, n))
+    count = next((count for count in counts if cut(count)[0] <= 1.08 * sum(lengths)), min(2 * fewest, n))
+    ends = cut(max(gather([count])))[1]
+    return [order[begin:end] for begin, end in zip([0, *ends], ends)]
+
+
 def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Example], keys: list[str], config: Config,
            device) -> tuple[list[Rollout], dict[str, torch.Tensor], dict[str, float]]:
     """One step on this rank's examples: sample → score → advantage → loss → update.
@@ -268,9 +291,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
         rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys)
     else:
         rollouts = gold_rollouts(tokenizer, examples)
-    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].ids))  # like lengths together: little padding
-    size = config.per_device_train_batch_size
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    batches = micro_batches([len(r.ids) for r in rollouts], config.per_device_train_batch_size)
     figures = {name: torch.tensor([getattr(r, name) for r in rollouts], dtype=torch.float64)
                for name in ("rationale_logprob", "answer_logprob", "finished", "stop_in_answer")}
     lengths = torch.tensor([len(r.answer) for r in rollouts], dtype=torch.float64)

@@ -36,8 +36,8 @@ sys.path.insert(0, ROOT)
 
 import latro  # noqa: E402
 from data import decoder, load_rows, make_examples  # noqa: E402
-from evaluate import (generate, init_distributed, load_model, resolve_dtype, run_script, stop_token_ids,  # noqa: E402
-                      token_logprobs, uniform_rows)
+from evaluate import (FewRowsLinear, generate, init_distributed, load_model, resolve_dtype, run_script,  # noqa: E402
+                      stop_token_ids, token_logprobs, uniform_rows)
 
 K, PROMPTS = 4, 2  # of an update
 NEVER = "\0never\0"  # a stop sequence that is looked for, and not found
@@ -383,6 +383,28 @@ def our_generate(model, tokenizer, prompts, lengths: list[int], limit: int, widt
     assert [len(ids) for ids, _, _ in out] == lengths
 
 
+def rows(bench: Bench) -> None:
+    """All products of one decoding step of the model: nn.Linear beside FewRowsLinear."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_model(bench.options.model, dtype, bench.device)
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        for count in (1, 4, 8, 16):
+            inputs = {size: torch.randn(count, 1, size, dtype=dtype, device=bench.device)
+                      for size in {module.in_features for module in linears}}
+
+            products(linears, inputs, FewRowsLinear.forward, 0)  # warm-up
+            bench.measure(f"20 decoding steps' products, {str(dtype)[6:]}, {count} rows", {
+                name: partial(products, linears, inputs, kind.forward)
+                for name, kind in (("nn.Linear", nn.Linear), ("ours", FewRowsLinear))}, (("seconds", "nn.Linear"),))
+
+
+@torch.inference_mode()
+def products(linears, inputs, forward, number: int) -> None:
+    for _ in range(20):
+        for module in linears:
+            forward(module, inputs[module.in_features])
+
+
 def vocabulary(bench: Bench) -> None:
     """The projection to V = 128,000, forward and backward, 8 sequences × 1,024, float32, in fresh processes."""
     for size in ("576", "2048"):
@@ -477,8 +499,8 @@ def startup(bench: Bench) -> None:
             "import torch": partial(finished, "-c", "import torch")})
 
 
-QUESTIONS = {"update": update, "memory": memory, "generation": generation, "vocabulary": vocabulary, "growth": growth,
-             "startup": startup}
+QUESTIONS = {"update": update, "memory": memory, "generation": generation, "rows": rows, "vocabulary": vocabulary,
+             "growth": growth, "startup": startup}
 CASES = {"memory": memory_case, "vocabulary": vocabulary_case, "ranks": ranks_case}  # in processes of their own
 
 

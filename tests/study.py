@@ -102,7 +102,8 @@ def run_all(runs: Path) -> None:
 
 def maj(rows: list[dict], k: int) -> float:
     """maj@k in %, by evaluate.py's vote: the mean over all questions' disjoint groups of k samples."""
-    return 100 * mean(evaluate.majority(row["samples"][i:i + k]) for row in rows for i in range(0, len(row["samples"]), k))
+    return 100 * mean(evaluate.majority(row["samples"][i:i + k])
+                      for row in rows for i in range(0, len(row["samples"]), k))
 
 
 def summarise(runs: Path) -> dict:

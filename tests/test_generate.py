@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import latro
 from data import UserError, decoder, load_rows, make_examples
-from evaluate import Scorer, generate, stop_token_ids, token_logprobs, truncate, uniform_rows
+from evaluate import FewRowsLinear, Scorer, generate, stop_token_ids, token_logprobs, truncate, uniform_rows
 
 
 def plain_logprobs(model, ids, start, temperature=1.0):
@@ -141,7 +141,26 @@ def test_no_new_tokens_scores_the_bare_answer(tiny, cups):
         torch.testing.assert_close(torch.tensor(answer).double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("outputs, bias", [(96, False), (96, True), (40, True)])
+def test_few_rows_linear_is_linear(dtype, tolerance, outputs, bias):
+    plain = torch.nn.Linear(48, outputs, bias, dtype=dtype)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = FewRowsLinear
+    for shape in (1,), (2, 1), (8, 1), (2, 3), (3, 4), (16, 1), (17,), (20, 5):
+        x = torch.randn(*shape, 48, dtype=dtype, requires_grad=True)
+        a, b = ours(x), plain(x)
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+        for grads in zip(torch.autograd.grad(a.sum(), (x, *ours.parameters())),
+                         torch.autograd.grad(b.sum(), (x, *plain.parameters()))):
+            torch.testing.assert_close(*grads, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def test_models_on_a_cpu_decode_with_few_rows_linear(smol):
+    assert all(isinstance(m, FewRowsLinear) for m in smol[0].modules() if isinstance(m, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
 def test_token_logprobs(chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(5, 7, bias=False).double()

@@ -1,5 +1,6 @@
 """Loss and every gradient are the same however the work is cut: padding, order, micro-batches, ranks, checkpointing."""
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,6 +34,27 @@ class Recorder(torch.optim.AdamW):
 def make_policy(model, gradient_checkpointing=False):
     mesh = init_device_mesh("cpu", (world_size(),))
     return latro.shard(copy.deepcopy(model), model.dtype, mesh, gradient_checkpointing)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4))
+def test_micro_batches_are_the_cheapest_cut(lengths, size):
+    def pushed(groups):
+        return sum(len(group) * max(lengths[i] for i in group) for group in groups)
+
+    groups = latro.micro_batches(lengths, size)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert [lengths[i] for group in groups for i in group] == sorted(lengths, reverse=True)
+    assert max(pushed([group]) for group in groups) <= size * max(lengths)
+    order, fewest = [i for group in groups for i in group], -(-len(lengths) // size)
+    cheapest = {}  # by the number of groups, over all ways to cut
+    for bits in itertools.product([False, True], repeat=len(order) - 1):
+        ends = [i + 1 for i, cut in enumerate(bits) if cut] + [len(order)]
+        some = [order[a:b] for a, b in zip([0, *ends], ends)]
+        if max(pushed([group]) for group in some) <= size * max(lengths):
+            cheapest[len(some)] = min(pushed(some), cheapest.get(len(some), 10**9))
+    most = min(2 * fewest, len(lengths))
+    count = next((n for n in range(fewest, most) if cheapest[n] <= 1.08 * sum(lengths)), most)
+    assert (len(groups), pushed(groups)) == (count, cheapest[count])
 
 
 def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, gradient_checkpointing=False, **settings):
