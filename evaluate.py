@@ -632,6 +632,7 @@ class Common:
     dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}")
     dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
     grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
+    limit: int | None = key(None, "evaluate the first so many rows only")
     num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z) in the table; 0: greedy only")
     response_length: int = key(500, "L, tokens of a rationale at most")
     temperature: float = key(1.0, "that rationales are sampled and scored at")
@@ -645,7 +646,7 @@ class Common:
     seed: int = key(0, "of sampling and, in training, of the data's order")
 
     def __post_init__(self):
-        check_range(self, ("response_length", "per_device_eval_batch_size"))
+        check_range(self, ("response_length", "per_device_eval_batch_size", "limit"))
         check_range(self, ("num_samples", "temperature"), above=False)
         if self.num_samples and not self.temperature:
             raise UserError("temperature: 0 makes all num_samples samples the same; use a temperature above 0")
@@ -658,13 +659,11 @@ class Settings(Common):
     """Of evaluate.py. The run that a model belongs to gives the defaults of the keys that it has too."""
     model: str | None = key(None, "folder or hub id; default: the newest run under runs/, its base beside its best")
     split: str | None = key(None, "train, validation, test or all; default: test, all of a single file")
-    limit: int | None = key(None, "evaluate the first so many rows only")
     few_shot: int = key(0, "worked examples in the prompt, 0 to 8 (gsm8k)")
     out: str | None = key(None, "JSON file of --model's result; default: evaluation-NAME.json in its run, or here")
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, ("limit",))
         if self.out and (self.model is None or not os.path.isdir(os.path.dirname(self.out) or ".")):
             raise UserError(f"out {self.out}: " + ("no such folder" if self.model else "needs --model"))
 

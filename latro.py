@@ -615,8 +615,11 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
     "closing" are the rows of the closing table, which nothing is chosen on; a single file has only validation rows.
     """
     splits = {"train": "train", "validation": "validation", "closing": closing_split(config)}
-    limits = {"train": 16, "validation": 4, "closing": 4} if config.sanity_check else {}
-    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits.get(k)] for k, v in splits.items()}
+    limits = {"train": 16, "validation": 4, "closing": 4}
+    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits[k] if config.sanity_check else None]
+            for k, v in splits.items()}
+    for name in ("validation", "closing"):
+        rows[name] = rows[name][:config.limit]
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
     context = context_left(model, config.response_length)
     return {k: make_examples(tokenizer, part, context) for k, part in rows.items()}, grader
