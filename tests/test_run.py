@@ -64,8 +64,10 @@ def test_default_learns_to_track(default_run):
 def test_bfloat16_learns_as_well(base, tmp_path):
     shutil.copytree(base / "runs/cups-base", tmp_path / "runs/cups-base")
     script("latro.py", "--config", "tiny.yaml", "--dtype", "bfloat16", "--run_name", "bf16", "--max_steps", 20,
-           "--num_evaluations", 1, "--num_samples", 0, cwd=tmp_path)
-    assert json.load(open(f"{tmp_path}/runs/bf16/evaluation-best.json"))["accuracy"] >= 0.97
+           "--num_evaluations", 1, "--num_samples", 0, "--limit", 100, cwd=tmp_path)
+    result = json.load(open(f"{tmp_path}/runs/bf16/evaluation-best.json"))
+    assert result["accuracy"] >= 0.97 and result["n"] == 100
+    assert [r["n"] for r in rows(f"{tmp_path}/runs/bf16/metrics.jsonl") if "split" in r] == [100, 100]
 
 
 def test_auto_is_bfloat16_where_it_is_native(monkeypatch):
