@@ -9,7 +9,6 @@ with the `evaluate` below, so the two cannot disagree.
 """
 import argparse
 import atexit
-import ctypes
 import dataclasses
 import difflib
 import functools
@@ -326,7 +325,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
     hidden (N, H), targets (N,), temperature a number or (N,); returns (N,), differentiable. The logits exist for
-    `chunk` positions at a time (default 256; 1024 on a GPU, where the weight's gradient is added less often) and are
+    `chunk` positions at a time (default 256; 1024 on a GPU, where adding up the weight's gradient costs more) and are
     computed again in the backward pass: never (N, V) whole.
     """
     chunk = chunk or (1024 if hidden.is_cuda else 256)
@@ -596,10 +595,6 @@ def init_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        # Freed tensors up to 64 MiB stay with the process: else glibc gives every one back to the system, and a third
-        # of an update goes into the zeroed pages of the next. M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
-        mallopt(-3, 1 << 26), mallopt(-1, (1 << 31) - 1)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if cuda else "gloo", **alone)
