@@ -103,7 +103,7 @@ def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
     """Each evaluates a few rows with the embedded base in the place of its model."""
     model, tokenizer = evaluate.load_model(str(base / "runs/cups-base/final"), evaluate.torch.float32)
     shutil.copytree(base / "runs", tmp_path / "runs")
-    for name in ("runs/NAME", "runs/other"):
+    for name in ("runs/sft", "runs/NAME", "runs/other"):
         run = tmp_path / name
         shutil.copytree(base / "runs/cups-base/final", run / "best")
         (run / "config.yaml").write_text("model_name_or_path: runs/cups-base/final\ndataset_name: cups\nresponse_length: 24\n")
