@@ -271,8 +271,8 @@ def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
             best = {ends[-1]: (positions, ends) for positions, ends in sorted(steps, reverse=True)}
         return best[n]
 
-    counts = range(fewest, min(2 * fewest, n))
-    count = next((count for count in counts if cut(count)[0] <= 1.08 * sum(lengths)), min(2 * fewest, n))
+    most = min(2 * fewest, n)
+    count = next((count for count in range(fewest, most) if cut(count)[0] <= 1.08 * sum(lengths)), most)
     ends = cut(max(gather([count])))[1]
     return [order[begin:end] for begin, end in zip([0, *ends], ends)]
 
@@ -615,11 +615,9 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
     "closing" are the rows of the closing table, which nothing is chosen on; a single file has only validation rows.
     """
     splits = {"train": "train", "validation": "validation", "closing": closing_split(config)}
-    limits = {"train": 16, "validation": 4, "closing": 4}
-    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits[k] if config.sanity_check else None]
-            for k, v in splits.items()}
-    for name in ("validation", "closing"):
-        rows[name] = rows[name][:config.limit]
+    limits = {"train": 16, "validation": 4, "closing": 4} if config.sanity_check else {}
+    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits.get(k)] for k, v in splits.items()}
+    rows |= {k: rows[k][:config.limit] for k in ("validation", "closing")}
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
     context = context_left(model, config.response_length)
     return {k: make_examples(tokenizer, part, context) for k, part in rows.items()}, grader
