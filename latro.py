@@ -43,6 +43,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import (DATASETS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
@@ -245,7 +246,7 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
             targets += tokens
             kinds += [kind] * len(tokens)
     rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
-    temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
+    temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds] if temperature != 1 else 1
     logprobs = scorer(ids.to(device), rows, columns, targets, temperatures)  # (N,)
     sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
     return sums.view(-1, 2), ids.numel()
@@ -328,7 +329,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
             figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = gold[:, 0], gold[:, 1]
 
     # update: skipped on all ranks alike where a reward, loss or gradient of any rank is not finite
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")).full_tensor()
+    norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")))
     finite = (losses.isfinite().all() & norm.isfinite() & advantages.isfinite().all().to(device)).double()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if finite:
@@ -376,17 +377,56 @@ def make_mesh(config: Config, device):
     return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, dtype: torch.dtype, mesh, gradient_checkpointing: bool = False) -> Scorer:
-    """FSDP2: one group per decoder layer, the rest with the root; float32 weights, arithmetic in `dtype`."""
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    return next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList))
+
+
+def shard(model: nn.Module, dtype: torch.dtype, mesh) -> Scorer:
+    """FSDP2: one group per decoder layer, the rest with the root; arithmetic in `dtype`, sums of gradients in float32.
+    One process has nothing to shard."""
     scorer = Scorer(model)
+    if world_size() == 1:
+        return scorer
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
         dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)}
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    for layer in next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList)):
-        layer.training = gradient_checkpointing  # what transformers asks; its parts stay in eval mode: no dropout
+    for layer in decoder_layers(model):
         fully_shard(layer, **options)
     return fully_shard(scorer, **options)
+
+
+class Unsharded(Scorer):
+    """The policy of one process: float32 weights, which `modules` lends its own for the arithmetic. A gradient is added
+    to the float32 one, as FSDP does, and freed as soon as it is whole."""
+
+    def __init__(self, model: nn.Module, modules: nn.Module):
+        super().__init__(model)
+        self.arithmetic = [Scorer(modules)]  # in a list: its parameters are not the policy's
+
+        def collect(master: nn.Parameter, plain: nn.Parameter) -> None:
+            master.grad = plain.grad.to(master.dtype) if master.grad is None else master.grad.add_(plain.grad)
+            plain.grad = None
+
+        for master, plain in zip(model.parameters(), modules.parameters(), strict=True):
+            plain.register_post_accumulate_grad_hook(functools.partial(collect, master))
+
+    def forward(self, *inputs):
+        return self.arithmetic[0](*inputs)
+
+
+def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointing: bool = False) -> Scorer:
+    """What learns: the float32 weights of `model`, arithmetic in the sampler's dtype; in one process with its weights."""
+    alone = world_size() == 1
+    modules = copy.deepcopy(sampler, {id(p): p for p in sampler.parameters()}) if alone else model
+    if gradient_checkpointing:
+        modules.gradient_checkpointing_enable()
+        for layer in decoder_layers(modules):
+            layer.training = True  # what transformers asks; its parts stay in eval mode: no dropout
+    return Unsharded(model, modules) if alone else shard(model, sampler.dtype, mesh)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded: then every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -411,9 +451,9 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
     process and one dtype they are the policy's own weights, and there is nothing to copy."""
     for plain, sharded in zip(sampler.parameters(), policy.model.parameters(), strict=True):
         if world_size() == 1 and plain.dtype == sharded.dtype:
-            plain.data = sharded.to_local()
+            plain.data = sharded.data
         else:
-            plain.copy_(sharded.to(plain.dtype).full_tensor())
+            plain.copy_(whole(sharded.to(plain.dtype)))
 
 
 def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:
@@ -421,7 +461,7 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
     buffers = dict(sampler.named_buffers())
     weights = {name: tensor.cpu() for name, tensor in sampler.state_dict().items() if name in buffers}
     for name, parameter in policy.model.named_parameters():
-        weight = parameter.detach().full_tensor()  # collective: every rank takes part
+        weight = whole(parameter.detach())  # collective: every rank takes part
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
 
@@ -633,8 +673,9 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
     mesh = make_mesh(config, device)
-    policy = shard(cast(copy.deepcopy(model), torch.float32), compute, mesh, config.gradient_checkpointing)
+    master = cast(copy.deepcopy(model), torch.float32)
     reference, sampler = None, cast(model, compute)
+    policy = make_policy(master, sampler, mesh, config.gradient_checkpointing)
     if config.objective == "latro" and config.kl_coef > 0:
         reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
     refresh(sampler, policy)

@@ -138,8 +138,9 @@ def our_side(path: str, dtype: torch.dtype, device) -> Side:
     """As latro.train sets out: float32 weights, arithmetic in `dtype`."""
     model, tokenizer = load_model(path, dtype, device, own_dtype=True)
     mesh = latro.make_mesh(latro.Config(), device)
-    policy = latro.shard(latro.cast(copy.deepcopy(model), torch.float32), dtype, mesh)
+    master = latro.cast(copy.deepcopy(model), torch.float32)
     sampler = latro.cast(model, dtype)
+    policy = latro.make_policy(master, sampler, mesh)
     reference = latro.shard(copy.deepcopy(sampler), dtype, mesh).requires_grad_(False)
     latro.refresh(sampler, policy)
     return Side(policy, reference, sampler, tokenizer, device)

@@ -12,6 +12,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import latro
@@ -24,16 +25,15 @@ class Recorder(torch.optim.AdamW):
 
     def step(self):
         parameters = self.param_groups[0]["params"]
-        self.gradients = [p.grad.full_tensor().clone() for p in parameters]
+        self.gradients = [latro.whole(p.grad).clone() for p in parameters]
         super().step()
-        self.weights = [p.detach().full_tensor().clone() for p in parameters]
+        self.weights = [latro.whole(p.detach()).clone() for p in parameters]
         held = [[p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]] for p in parameters]
-        self.shares = [sum(x.to_local().numel() for x in kind) / sum(x.numel() for x in kind) for kind in zip(*held)]
+        self.shares = [sum(local(x).numel() for x in kind) / sum(x.numel() for x in kind) for kind in zip(*held)]
 
 
-def make_policy(model, gradient_checkpointing=False):
-    mesh = init_device_mesh("cpu", (world_size(),))
-    return latro.shard(copy.deepcopy(model), model.dtype, mesh, gradient_checkpointing)
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4))
@@ -62,15 +62,17 @@ def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, grad
     config = latro.Config(**{"rloo_k": 4, "response_length": 12, "per_device_train_batch_size": 8, "temperature": 1.3,
                              "gradient_accumulation_steps": 1, "rollout_batch_size": 64, "max_grad_norm": 0.0,
                              "kl_coef": 0.1, "stop_seqs": [" cup"]} | settings)
-    policy, reference = make_policy(model, gradient_checkpointing), copy.deepcopy(model)
+    mesh, (trained, sampler, reference) = init_device_mesh("cpu", (world_size(),)), [copy.deepcopy(model) for _ in range(3)]
+    policy = latro.make_policy(trained, sampler, mesh, gradient_checkpointing)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter *= 1.1
-    sampler, optimizer = copy.deepcopy(model), Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0)
+    reference = latro.shard(reference, model.dtype, mesh)
+    optimizer = Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0)
     if rollouts is not None:
         monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
     keys = [f"key {i}" for i in range(len(examples))]
-    result = latro.update(policy, make_policy(reference), sampler, optimizer, tokenizer, examples, keys, config, "cpu")
+    result = latro.update(policy, reference, sampler, optimizer, tokenizer, examples, keys, config, "cpu")
     return *result, optimizer.gradients, optimizer
 
 
@@ -111,6 +113,21 @@ def test_gradient_checkpointing(start, monkeypatch):
     model, tokenizer, examples, rtol = start
     whole = one_update(model, tokenizer, examples)
     assert_same(one_update(model, tokenizer, examples, monkeypatch, whole[0], gradient_checkpointing=True), whole, rtol)
+
+
+def test_bfloat16_gradients_add_up_in_float32(tiny, cups):
+    """Of the policy of one process: exactly the sum of what plain autograd gives for each micro-batch."""
+    master, sampler, plain = (latro.cast(copy.deepcopy(tiny[0]), dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    policy = latro.make_policy(master, sampler, None)
+    expected = [torch.zeros_like(p) for p in master.parameters()]
+    for rollout in latro.gold_rollouts(tiny[1], cups[:2]):
+        latro.score(policy, [rollout], 1.0, "cpu")[0].sum().backward()
+        loss = latro.score(latro.Scorer(plain), [rollout], 1.0, "cpu")[0].sum()
+        for total, gradient in zip(expected, torch.autograd.grad(loss, list(plain.parameters()))):
+            total += gradient
+    for parameter, total in zip(policy.parameters(), expected, strict=True):
+        assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad, total)
+    assert all(p.grad is None for p in sampler.parameters()) and any(g.bfloat16().ne(g).any() for g in expected)
 
 
 def test_gradient_is_that_of_a_slow_reference(start):
@@ -169,6 +186,10 @@ def on_two_ranks(folder):
     examples, rollouts = start["examples"][rank():rank() + 1], start["rollouts"][4 * rank():4 * rank() + 4]
     latro.sample_rollouts = lambda *arguments: rollouts
     *_, gradients, optimizer = one_update(start["model"], start["tokenizer"], examples, per_device_train_batch_size=4)
+    *_, again, _ = one_update(start["model"], start["tokenizer"], examples, per_device_train_batch_size=4,
+                              gradient_checkpointing=True)
+    for x, y in zip(gradients, again, strict=True):
+        torch.testing.assert_close(x, y)
     shares = gather([optimizer.shares])
     if rank() == 0:
         torch.save({"gradients": gradients, "weights": optimizer.weights}, f"{folder}/two.pt")

@@ -1,4 +1,5 @@
 """Checkpoints, preemption, sharding over ranks and nodes, and the plan."""
+import copy
 import glob
 import json
 import os
@@ -174,7 +175,7 @@ def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch
     export, trained = latro.export, {}
 
     def recording(folder, policy, *rest):
-        trained.update({name: p.full_tensor().detach().clone() for name, p in policy.model.named_parameters()})
+        trained.update({name: latro.whole(p.detach()).clone() for name, p in policy.model.named_parameters()})
         export(folder, policy, *rest)
 
     monkeypatch.setattr(latro, "export", recording)
@@ -198,14 +199,15 @@ def test_plan_is_exact(kind, monkeypatch):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16", per_device_eval_batch_size=3)
     needs = latro.plan(config, model, 1, context=20)
-    policy = latro.shard(model, torch.bfloat16, latro.make_mesh(config, torch.device("cpu")))
+    sampler = latro.cast(copy.deepcopy(model), torch.bfloat16)
+    policy = latro.make_policy(model, sampler, latro.make_mesh(config, torch.device("cpu")))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
 
     def held(tensors):
-        return sum(t.to_local().numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     assert needs["weights, float32"] == held(policy.parameters()) == needs["gradients"] == held(p.grad for p in policy.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -244,7 +246,7 @@ def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
                                   num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     sampler = latro.cast(AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16)
-    policy = latro.shard(model, torch.bfloat16, latro.make_mesh(latro.Config(), torch.device("cpu")))
+    policy = latro.make_policy(model, sampler, latro.make_mesh(latro.Config(), torch.device("cpu")))
     latro.refresh(sampler, policy)  # what is allocated once is allocated
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
