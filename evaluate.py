@@ -39,8 +39,8 @@ from data import (DATASETS, GRADERS, Example, UserError, answer_ids, choose_grad
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()  # ours show the long work
-# Read when first needed. On a CPU: tensors in huge pages, of which a 500th as many are mapped; and fewer kernels kept,
-# one for every shape, which grew by 0.6 GiB in ten updates of a small model in bfloat16 and kept freed memory in pieces.
+# Read when first needed, for CPUs: tensors in huge pages, of which a 500th as many are mapped; and fewer kernels kept,
+# one per shape: of 1,024, a small model's hold 0.6 GiB after ten updates and keep what is freed in pieces.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
@@ -342,7 +342,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
         return -nn.functional.cross_entropy(logits, targets, reduction="none")
 
     inputs = [hidden, targets]
-    if isinstance(temperature, torch.Tensor) or temperature != 1:  # at 1 the division is saved: it is a pass over logits
+    if isinstance(temperature, torch.Tensor) or temperature != 1:  # dividing by 1 would be a pass over the logits
         inputs.append(torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets)))
     parts = zip(*(x.split(chunk) for x in inputs))
     return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])

@@ -246,8 +246,8 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
             targets += tokens
             kinds += [kind] * len(tokens)
     rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
-    temperatures = torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds] if temperature != 1 else 1
-    logprobs = scorer(ids.to(device), rows, columns, targets, temperatures)  # (N,)
+    heat = 1 if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
+    logprobs = scorer(ids.to(device), rows, columns, targets, heat)  # (N,)
     sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
     return sums.view(-1, 2), ids.numel()
 
@@ -395,8 +395,8 @@ def shard(model: nn.Module, dtype: torch.dtype, mesh) -> Scorer:
 
 
 class Unsharded(Scorer):
-    """The policy of one process: float32 weights, which `modules` lends its own for the arithmetic. A gradient is added
-    to the float32 one, as FSDP does, and freed as soon as it is whole."""
+    """The policy of one process: `model`'s float32 weights; the arithmetic is done with those of `modules`, the sampler's.
+    A gradient is added to the float32 one, as FSDP does, and freed, as soon as it is whole."""
 
     def __init__(self, model: nn.Module, modules: nn.Module):
         super().__init__(model)
@@ -414,7 +414,7 @@ class Unsharded(Scorer):
 
 
 def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointing: bool = False) -> Scorer:
-    """What learns: the float32 weights of `model`, arithmetic in the sampler's dtype; in one process with its weights."""
+    """What learns: `model`'s float32 weights; arithmetic in the sampler's dtype, in one process with its weights."""
     alone = world_size() == 1
     modules = copy.deepcopy(sampler, {id(p): p for p in sampler.parameters()}) if alone else model
     if gradient_checkpointing:
@@ -679,7 +679,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     if config.objective == "latro" and config.kl_coef > 0:
         reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
     refresh(sampler, policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
     checkpoint, state = find_checkpoint(config, directory)
     if checkpoint is not None:

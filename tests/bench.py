@@ -131,7 +131,7 @@ class Side:
     device: torch.device
 
     def __post_init__(self):
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=5e-7, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
 
 
 def our_side(path: str, dtype: torch.dtype, device) -> Side:
