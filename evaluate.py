@@ -39,8 +39,8 @@ from data import (DATASETS, GRADERS, Example, UserError, answer_ids, choose_grad
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()  # ours show the long work
-# Read when first needed, for CPUs: tensors in huge pages, of which a 500th as many are mapped; and fewer kernels kept,
-# one per shape: of 1,024, a small model's hold 0.6 GiB after ten updates and keep what is freed in pieces.
+# For CPUs; both are read at first use. Tensors of 2 MiB and more lie in huge pages: about 500 times fewer page faults.
+# oneDNN keeps a kernel per shape, by default 1,024: after ten updates of a small model 0.6 GiB, and a heap in pieces.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
@@ -325,12 +325,12 @@ def truncate(ids: list[int], stop_ids: typing.Collection[int], stop_seqs: typing
 
 
 def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor,
-                   temperature: torch.Tensor | float = 1.0, chunk: int | None = None) -> torch.Tensor:
+                   temperature: torch.Tensor | float | None = None, chunk: int | None = None) -> torch.Tensor:
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
-    hidden (N, H), targets (N,), temperature a number or (N,); returns (N,), differentiable. The logits exist for
-    `chunk` positions at a time (default 256; 1024 on a GPU, where adding up the weight's gradient costs more) and are
-    computed again in the backward pass: never (N, V) whole.
+    hidden (N, H), targets (N,), temperature (N,) or a number, None is 1; returns (N,), differentiable. The logits exist
+    for `chunk` positions at a time (default 256; 1024 on a GPU, where adding up the weight's gradient costs more) and
+    are computed again in the backward pass: never (N, V) whole.
     """
     chunk = chunk or (1024 if hidden.is_cuda else 256)
 
@@ -342,7 +342,7 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
         return -nn.functional.cross_entropy(logits, targets, reduction="none")
 
     inputs = [hidden, targets]
-    if isinstance(temperature, torch.Tensor) or temperature != 1:  # dividing by 1 would be a pass over the logits
+    if temperature is not None:  # to divide by 1 would be a pass over the logits for nothing
         inputs.append(torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets)))
     parts = zip(*(x.split(chunk) for x in inputs))
     return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
@@ -365,9 +365,8 @@ class Scorer(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor,
-                temperature: torch.Tensor | float):
-        """ids (B, T), right-padded; the others (N,), temperature also a number. Returns log π(targets | ids[rows,
-        :columns]) (N,).
+                temperature: torch.Tensor | None = None):
+        """ids (B, T), right-padded; the others (N,). Returns log π(targets | ids[rows, :columns]) (N,).
 
         A target need not be ids[rows, columns]: the token that ended z is scored where y begins. No attention mask is
         needed: the model is causal and padding only follows.

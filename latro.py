@@ -40,6 +40,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -246,7 +247,7 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
             targets += tokens
             kinds += [kind] * len(tokens)
     rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
-    heat = 1 if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
+    heat = None if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
     logprobs = scorer(ids.to(device), rows, columns, targets, heat)  # (N,)
     sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
     return sums.view(-1, 2), ids.numel()
@@ -329,7 +330,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
             figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = gold[:, 0], gold[:, 1]
 
     # update: skipped on all ranks alike where a reward, loss or gradient of any rank is not finite
-    norm = whole(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")))
+    norm = full(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")))
     finite = (losses.isfinite().all() & norm.isfinite() & advantages.isfinite().all().to(device)).double()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if finite:
@@ -394,37 +395,35 @@ def shard(model: nn.Module, dtype: torch.dtype, mesh) -> Scorer:
     return fully_shard(scorer, **options)
 
 
-class Unsharded(Scorer):
-    """The policy of one process: `model`'s float32 weights; the arithmetic is done with those of `modules`, the sampler's.
-    A gradient is added to the float32 one, as FSDP does, and freed, as soon as it is whole."""
-
-    def __init__(self, model: nn.Module, modules: nn.Module):
-        super().__init__(model)
-        self.arithmetic = [Scorer(modules)]  # in a list: its parameters are not the policy's
-
-        def collect(master: nn.Parameter, plain: nn.Parameter) -> None:
-            master.grad = plain.grad.to(master.dtype) if master.grad is None else master.grad.add_(plain.grad)
-            plain.grad = None
-
-        for master, plain in zip(model.parameters(), modules.parameters(), strict=True):
-            plain.register_post_accumulate_grad_hook(functools.partial(collect, master))
-
-    def forward(self, *inputs):
-        return self.arithmetic[0](*inputs)
-
-
 def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointing: bool = False) -> Scorer:
-    """What learns: `model`'s float32 weights; arithmetic in the sampler's dtype, in one process with its weights."""
+    """What learns: `model`'s float32 weights; arithmetic in the sampler's dtype. One process has nothing to shard: it
+    computes with the sampler's own weights and adds each whole gradient to the float32 one, as FSDP does."""
     alone = world_size() == 1
+    # alone: other modules around the same parameters, so that the sampler's know nothing of gradient checkpointing
     modules = copy.deepcopy(sampler, {id(p): p for p in sampler.parameters()}) if alone else model
     if gradient_checkpointing:
         modules.gradient_checkpointing_enable()
         for layer in decoder_layers(modules):
-            layer.training = True  # what transformers asks; its parts stay in eval mode: no dropout
-    return Unsharded(model, modules) if alone else shard(model, sampler.dtype, mesh)
+            layer.training = True  # what transformers asks; its parts keep their mode: no dropout
+    if not alone:
+        return shard(model, sampler.dtype, mesh)
+
+    def collect(master: nn.Parameter, plain: nn.Parameter) -> None:
+        if master.grad is None:
+            master.grad = plain.grad.to(master.dtype)
+        else:
+            master.grad += plain.grad
+        plain.grad = None
+
+    for master, plain in zip(model.parameters(), sampler.parameters(), strict=True):
+        if plain.requires_grad:
+            plain.register_post_accumulate_grad_hook(functools.partial(collect, master))
+    policy = Scorer(model)
+    policy.forward = Scorer(modules).forward  # a method: their parameters do not become the policy's
+    return policy
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be sharded: then every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -447,13 +446,13 @@ def check_head(model: nn.Module, prompt: list[int]) -> None:
 
 @torch.no_grad()
 def refresh(sampler: nn.Module, policy: Scorer) -> None:
-    """Bring the sampler's plain weights up to date with the sharded ones, in place, one parameter at a time. With one
-    process and one dtype they are the policy's own weights, and there is nothing to copy."""
-    for plain, sharded in zip(sampler.parameters(), policy.model.parameters(), strict=True):
-        if world_size() == 1 and plain.dtype == sharded.dtype:
-            plain.data = sharded.data
+    """Bring the sampler's weights up to date with the policy's, in place, one parameter at a time. With one process and
+    one dtype they become the policy's own, and there is nothing to copy."""
+    for plain, master in zip(sampler.parameters(), policy.model.parameters(), strict=True):
+        if world_size() == 1 and plain.dtype == master.dtype:
+            plain.data = master.data
         else:
-            plain.copy_(whole(sharded.to(plain.dtype)))
+            plain.copy_(full(master.to(plain.dtype)))
 
 
 def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:
@@ -461,7 +460,7 @@ def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: to
     buffers = dict(sampler.named_buffers())
     weights = {name: tensor.cpu() for name, tensor in sampler.state_dict().items() if name in buffers}
     for name, parameter in policy.model.named_parameters():
-        weight = whole(parameter.detach())  # collective: every rank takes part
+        weight = full(parameter.detach())  # collective: every rank takes part
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
 
@@ -534,7 +533,7 @@ def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
     weights, moments = get_state_dict(policy, optimizer)
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
-    except Exception as error:  # torch.distributed.checkpoint's own: another model's tensors
+    except (Exception, CheckpointException) as error:  # the latter is none of the former: another model's tensors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint_path {path}: does not fit the model ({reason})") from None
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -828,13 +827,14 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
     kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
     root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
+    gathered = (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers) if ranks > 1 else 0
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part if latro and config.kl_coef else 0,
             "KV cache": 2 * width * rows * slots * c.num_hidden_layers * kv_heads * head_dim,
             "activations and gathered layers (estimate)": (kept if config.gradient_checkpointing else
                                                            layer * c.num_hidden_layers)
-            + 3 * 1024 * c.vocab_size * 4 + (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers)}
+            + 3 * 1024 * c.vocab_size * 4 + gathered}
 
 
 def dry_run(config: Config) -> None:

@@ -25,9 +25,9 @@ class Recorder(torch.optim.AdamW):
 
     def step(self):
         parameters = self.param_groups[0]["params"]
-        self.gradients = [latro.whole(p.grad).clone() for p in parameters]
+        self.gradients = [latro.full(p.grad).clone() for p in parameters]
         super().step()
-        self.weights = [latro.whole(p.detach()).clone() for p in parameters]
+        self.weights = [latro.full(p.detach()).clone() for p in parameters]
         held = [[p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]] for p in parameters]
         self.shares = [sum(local(x).numel() for x in kind) / sum(x.numel() for x in kind) for kind in zip(*held)]
 
@@ -68,7 +68,7 @@ def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, grad
         for parameter in reference.parameters():
             parameter *= 1.1
     reference = latro.shard(reference, model.dtype, mesh)
-    optimizer = Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0)
+    optimizer = Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0, fused=True)
     if rollouts is not None:
         monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
     keys = [f"key {i}" for i in range(len(examples))]
@@ -128,6 +128,25 @@ def test_bfloat16_gradients_add_up_in_float32(tiny, cups):
     for parameter, total in zip(policy.parameters(), expected, strict=True):
         assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad, total)
     assert all(p.grad is None for p in sampler.parameters()) and any(g.bfloat16().ne(g).any() for g in expected)
+
+
+def test_one_process_shares_weights_and_nothing_else(tiny, cups):
+    """Float32: the sampler's weights are the policy's, its modules know nothing of checkpointing, which does recompute;
+    a frozen parameter stays as it is."""
+    master, sampler = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
+    frozen = [next(model.get_decoder().layers[0].parameters()) for model in (master, sampler)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    policy = latro.make_policy(master, sampler, None, gradient_checkpointing=True)
+    latro.refresh(sampler, policy)
+    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(policy.parameters(), sampler.parameters(), strict=True))
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in sampler.modules())
+    passes = []
+    for layer in latro.decoder_layers(policy.forward.__self__.model):
+        layer.input_layernorm.register_forward_hook(lambda *_: passes.append(1))
+    latro.score(policy, latro.gold_rollouts(tiny[1], cups[:1]), 1.0, "cpu")[0].sum().backward()
+    assert len(passes) == 2 * len(master.get_decoder().layers)
+    assert [p for p in policy.parameters() if p.grad is None] == frozen[:1]
 
 
 def test_gradient_is_that_of_a_slow_reference(start):

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
 import latro
+from evaluate import init_distributed
 
 STEPS = 24
 
@@ -66,6 +67,20 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder):
         pass
     printed = script("latro.py", *RUN, "--run_name", "other", "--checkpoint_path", older, cwd=folder, code=2)
     assert f"checkpoint_path {older}: no whole checkpoint" in printed
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
+    def side(width):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "llama", vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4))
+        policy = latro.make_policy(model, copy.deepcopy(model), None)
+        return policy, torch.optim.AdamW(policy.parameters(), fused=True)
+
+    init_distributed()
+    latro.save_checkpoint(str(tmp_path), *side(32), {"step": 3}, 1)
+    latro.load_checkpoint(f"{tmp_path}/step-3", *side(32))
+    with pytest.raises(data.UserError, match="checkpoint_path .*/step-3: does not fit the model"):
+        latro.load_checkpoint(f"{tmp_path}/step-3", *side(64))
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +190,7 @@ def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch
     export, trained = latro.export, {}
 
     def recording(folder, policy, *rest):
-        trained.update({name: latro.whole(p.detach()).clone() for name, p in policy.model.named_parameters()})
+        trained.update({name: latro.full(p.detach()).clone() for name, p in policy.model.named_parameters()})
         export(folder, policy, *rest)
 
     monkeypatch.setattr(latro, "export", recording)
