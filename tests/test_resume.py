@@ -126,9 +126,11 @@ def test_told_to_stop(folder, ranks, number):
     for _ in range(3):
         kill(process, number)
         time.sleep(0.1)
-    assert process.wait(30) != 0 and time.time() - begin < 30
-    printed = open(log).read()
-    assert f"--run_name {name} --checkpoint_path latest" in printed and "stopped after step" in printed
+    assert process.wait(30) != 0
+    while f"--run_name {name} --checkpoint_path latest" not in open(log).read():  # torchrun, told thrice, leaves before its ranks
+        assert time.time() - begin < 30, open(log).read()
+        time.sleep(0.05)
+    assert "stopped after step" in open(log).read()
     assert latro.checkpoints(f"{folder}/runs/{name}/checkpoints")
     if ranks == 1 and number == signal.SIGTERM:  # the same command goes on, and ends where an undisturbed run ends
         assert start(str(folder), name).wait() == 0
