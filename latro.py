@@ -435,6 +435,19 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def set_out(model: nn.Module, config: Config, device) -> tuple[Scorer, Scorer | None, nn.Module]:
+    """(policy, reference, sampler) of a starting model, whole and in its own dtype: what learns, the frozen start where
+    the objective asks for it, and the plain weights, `model` itself, that are sampled from."""
+    compute, mesh = resolve_dtype(config.dtype, device), make_mesh(config, device)
+    master = cast(copy.deepcopy(model), torch.float32)
+    reference, sampler = None, cast(model, compute)
+    policy = make_policy(master, sampler, mesh, config.gradient_checkpointing)
+    if config.objective == "latro" and config.kl_coef > 0:
+        reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
+    refresh(sampler, policy)
+    return policy, reference, sampler
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, prompt: list[int]) -> None:
     """UserError where Scorer's logits are not the model's: an architecture that scales them in a way not known here."""
@@ -670,14 +683,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
           device) -> None:
     """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
     on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
-    dtype, compute = model.dtype, resolve_dtype(config.dtype, device)
-    mesh = make_mesh(config, device)
-    master = cast(copy.deepcopy(model), torch.float32)
-    reference, sampler = None, cast(model, compute)
-    policy = make_policy(master, sampler, mesh, config.gradient_checkpointing)
-    if config.objective == "latro" and config.kl_coef > 0:
-        reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
-    refresh(sampler, policy)
+    dtype = model.dtype
+    policy, reference, sampler = set_out(model, config, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
     checkpoint, state = find_checkpoint(config, directory)

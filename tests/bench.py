@@ -135,15 +135,10 @@ class Side:
 
 
 def our_side(path: str, dtype: torch.dtype, device) -> Side:
-    """As latro.train sets out: float32 weights, arithmetic in `dtype`."""
+    """As latro.train has it: float32 weights, arithmetic in `dtype`."""
     model, tokenizer = load_model(path, dtype, device, own_dtype=True)
-    mesh = latro.make_mesh(latro.Config(), device)
-    master = latro.cast(copy.deepcopy(model), torch.float32)
-    sampler = latro.cast(model, dtype)
-    policy = latro.make_policy(master, sampler, mesh)
-    reference = latro.shard(copy.deepcopy(sampler), dtype, mesh).requires_grad_(False)
-    latro.refresh(sampler, policy)
-    return Side(policy, reference, sampler, tokenizer, device)
+    config = latro.Config(dtype=str(dtype).removeprefix("torch."))
+    return Side(*latro.set_out(model, config, device), tokenizer, device)
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -126,7 +126,7 @@ def test_told_to_stop(folder, ranks, number):
     for _ in range(3):
         kill(process, number)
         time.sleep(0.1)
-    assert process.wait(30) != 0
+    assert process.wait(30) != 0 and time.time() - begin < 30
     while f"--run_name {name} --checkpoint_path latest" not in open(log).read():  # torchrun, told thrice, leaves before its ranks
         assert time.time() - begin < 30, open(log).read()
         time.sleep(0.05)
