@@ -325,12 +325,15 @@ def truncate(ids: list[int], stop_ids: typing.Collection[int], stop_seqs: typing
 
 
 def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor,
-                   temperature: torch.Tensor | float | None = None, chunk: int | None = None) -> torch.Tensor:
+                   temperature: torch.Tensor | float | None = None, chunk: int | None = None,
+                   slopes: torch.Tensor | None = None):
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
     hidden (N, H), targets (N,), temperature (N,) or a number, None is 1; returns (N,), differentiable. The logits exist
     for `chunk` positions at a time (default 256; 1024 on a GPU, where adding up the weight's gradient costs more) and
     are computed again in the backward pass: never (N, V) whole.
+    slopes (N,): d loss / d result, where it is known beforehand. Then nothing is computed twice: head's parameters get
+    their gradients here, and what is returned is the result, without a graph, and d loss / d hidden (N, H).
     """
     chunk = chunk or (1024 if hidden.is_cuda else 256)
 
@@ -345,7 +348,16 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
     if temperature is not None:  # to divide by 1 would be a pass over the logits for nothing
         inputs.append(torch.as_tensor(temperature, dtype=torch.float64, device=hidden.device).expand(len(targets)))
     parts = zip(*(x.split(chunk) for x in inputs))
-    return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    if slopes is None:
+        return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    logprobs, hidden_grads = [], []
+    for (here, *rest), slope in zip(parts, slopes.split(chunk)):
+        here = here.detach().requires_grad_()
+        part = some(here, *rest)
+        part.backward(slope.to(part.dtype))
+        logprobs.append(part.detach())
+        hidden_grads.append(here.grad)
+    return torch.cat(logprobs), torch.cat(hidden_grads)
 
 
 class Scorer(nn.Module):
@@ -365,14 +377,19 @@ class Scorer(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor,
-                temperature: torch.Tensor | None = None):
-        """ids (B, T), right-padded; the others (N,). Returns log π(targets | ids[rows, :columns]) (N,).
+                temperature: torch.Tensor | None = None, slopes: torch.Tensor | None = None):
+        """ids (B, T), right-padded; the others (N,). Returns log π(targets | ids[rows, :columns]) (N,); with `slopes`,
+        as in token_logprobs, also a scalar whose backward pass brings the gradient of the rest of the model.
 
         A target need not be ids[rows, columns]: the token that ended z is scored where y begins. No attention mask is
         needed: the model is causal and padding only follows.
         """
         hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
-        return token_logprobs(hidden[rows, columns - 1], self.head, targets, temperature)
+        hidden = hidden[rows, columns - 1]  # (N, H)
+        if slopes is None:
+            return token_logprobs(hidden, self.head, targets, temperature)
+        logprobs, hidden_grads = token_logprobs(hidden, self.head, targets, temperature, slopes=slopes)
+        return logprobs, (hidden * hidden_grads).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -228,11 +228,12 @@ def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
     return [Rollout(e, e.rationale, e.rationale, answer_ids(e, e.rationale, decode)) for e in examples]
 
 
-def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device,
-          answers: bool = True) -> tuple[torch.Tensor, int]:
+def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device, answers: bool = True,
+          slopes: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """((B, 2): log π(z|x) at `temperature` and log π(y|x⊕z) at 1; positions pushed through the model, with padding).
 
-    One forward pass: causality gives z, its stop and y from the same x⊕z⊕y. answers=False leaves y out.
+    One forward pass: causality gives z, its stop and y from the same x⊕z⊕y. answers=False leaves y out. With `slopes`
+    (B, 2), d loss / d of the result, the weights' gradients of the loss are added up too.
     """
     sequences = [r.ids if answers else (r.ids[:len(r.example.prompt) + len(r.actions)]) for r in rollouts]
     ids = torch.zeros(len(rollouts), max(map(len, sequences)), dtype=torch.long)  # (B, T)
@@ -248,8 +249,13 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
             kinds += [kind] * len(tokens)
     rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
     heat = None if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
-    logprobs = scorer(ids.to(device), rows, columns, targets, heat)  # (N,)
-    sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, 2 * rows + kinds, logprobs)
+    where = 2 * rows + kinds  # (N,), of a token's sum
+    if slopes is None:
+        logprobs = scorer(ids.to(device), rows, columns, targets, heat)  # (N,)
+    else:
+        logprobs, rest = scorer(ids.to(device), rows, columns, targets, heat, slopes.to(device).flatten()[where])
+        rest.backward()
+    sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, where, logprobs)
     return sums.view(-1, 2), ids.numel()
 
 
@@ -316,28 +322,32 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
         rewards = rollout_rewards(phi, kl, figures["finished"].bool(), config.kl_coef, gamma)
         advantages = rloo_advantages(rewards.view(-1, config.rloo_k)).flatten()
 
-    # loss: one pass with gradient over x⊕z⊕y
-    losses = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        logprobs, count = score(policy, [rollouts[i] for i in batch], temperature, device)  # (b, 2)
-        phi = answer_reward(logprobs[:, 1], lengths[batch].to(logprobs), config.reward if latro else "logprob")
-        parts = latro_loss(logprobs[:, 0], phi, advantages[batch].to(logprobs), weight, len(rollouts))
-        sum(parts).backward()  # FSDP averages over the ranks, which all have as many rollouts
-        losses += torch.stack(parts).detach()
+    # loss: how it changes with each log-probability is known beforehand, so that one pass over x⊕z⊕y goes back at once
+    def losses(logprobs: torch.Tensor) -> torch.Tensor:  # (B*K, 2), of z and y → (2,), the terms of Eq. 4
+        phi = answer_reward(logprobs[:, 1], lengths, config.reward if latro else "logprob")
+        return torch.stack(latro_loss(logprobs[:, 0], phi, advantages, weight, len(rollouts)))
+
+    logprobs = torch.stack([figures["rationale_logprob"], figures["answer_logprob"]], 1).requires_grad_()
+    slopes, = torch.autograd.grad(losses(logprobs).sum(), logprobs)
+    logprobs = torch.zeros_like(slopes, device=device)
+    for batch in batches:  # FSDP averages over the ranks, which all have as many rollouts
+        sums, count = score(policy, [rollouts[i] for i in batch], temperature, device, slopes=slopes[batch])
+        logprobs[batch] = sums.double()
         positions += count
-        if not latro:
-            gold = logprobs.detach().double().cpu()
-            figures["rationale_logprob"][batch], figures["answer_logprob"][batch] = gold[:, 0], gold[:, 1]
+    logprobs = logprobs.cpu()
+    if not latro:
+        figures["rationale_logprob"], figures["answer_logprob"] = logprobs.T
+    loss = losses(logprobs)
 
     # update: skipped on all ranks alike where a reward, loss or gradient of any rank is not finite
     norm = full(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or float("inf")))
-    finite = (losses.isfinite().all() & norm.isfinite() & advantages.isfinite().all().to(device)).double()
+    finite = ((loss.isfinite().all() & advantages.isfinite().all()).to(device) & norm.isfinite()).double()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if finite:
         optimizer.step()
         refresh(sampler, policy)
     optimizer.zero_grad()
-    numbers = (*losses.tolist(), norm.item(), 1 - finite.item())  # read here: a GPU's work is done when they are
+    numbers = (*loss.tolist(), norm.item(), 1 - finite.item())  # read here: a GPU's work is done when they are
     clock.append(time.perf_counter())
 
     figures |= {"ref_rationale_logprob": figures["rationale_logprob"] - kl, "kl": kl, "advantage": advantages,
@@ -412,7 +422,8 @@ def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointi
         if master.grad is None:
             master.grad = plain.grad.to(master.dtype)
         else:
-            master.grad += plain.grad
+            for total, part in zip(master.grad.split(1024), plain.grad.split(1024)):
+                total += part  # what is cast on the way fits a CPU's cache
         plain.grad = None
 
     for master, plain in zip(model.parameters(), sampler.parameters(), strict=True):
@@ -465,7 +476,7 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
         if world_size() == 1 and plain.dtype == master.dtype:
             plain.data = master.data
         else:
-            plain.copy_(full(master.to(plain.dtype)))
+            plain.copy_(master if world_size() == 1 else full(master.to(plain.dtype)))  # cast first: less to gather
 
 
 def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:

@@ -166,11 +166,14 @@ def test_token_logprobs(chunk):
     head = torch.nn.Linear(5, 7, bias=False).double()
     hidden, targets = torch.randn(8, 5, dtype=torch.double, requires_grad=True), torch.randint(0, 7, (8,))
     temperature = torch.rand(8, dtype=torch.double) + 0.5
+    slopes = torch.randn(8, dtype=torch.double)
     ours = token_logprobs(hidden, head, targets, temperature, chunk)
     plain = (head(hidden) / temperature[:, None]).log_softmax(-1)[range(8), targets]
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
-    for x in (hidden, head.weight):
-        torch.testing.assert_close(*(torch.autograd.grad(f.sum(), x, retain_graph=True)[0] for f in (ours, plain)))
+    expected, got = (torch.autograd.grad(f, [hidden, head.weight], slopes) for f in (plain, ours))
+    torch.testing.assert_close(got, expected)
+    known, hidden_grads = token_logprobs(hidden, head, targets, temperature, chunk, slopes)
+    torch.testing.assert_close((known, hidden_grads, head.weight.grad), (plain.detach(), *expected))
 
 
 # Truncation: the pieces of text that tokens stand for are bytes, so that characters and stops may be split anywhere.
