@@ -170,10 +170,10 @@ def generate(
             self.lazy_initialization(*like)  # zeros below: what is masked is still multiplied, by 0
             self.keys, self.values = (x.new_zeros(width, x.shape[1], slots, x.shape[3]) for x in like)
 
-        def update(self, keys, values, *args, **kwargs):  # (live, heads, 1, head size)
-            live = len(keys)
-            self.keys[:live, :, length:length + 1], self.values[:live, :, length:length + 1] = keys, values
-            return self.keys[:live, :, :length + 1], self.values[:live, :, :length + 1]
+        def update(self, keys, values, *args, **kwargs):  # (live, heads, fed, head size)
+            live, end = len(keys), length + keys.shape[2]
+            self.keys[:live, :, length:end], self.values[:live, :, length:end] = keys, values
+            return self.keys[:live, :, :end], self.values[:live, :, :end]
 
         def get_seq_length(self):
             return length
@@ -257,38 +257,44 @@ def generate(
         if length - max(extent[:live]) > slack:
             align(max(extent[:live]))
 
-        # A few steps without a look: feed a token of each row, sample or score the next.
+        # A few steps without a look: feed a token of each row, sample or score the next. Where all rows are at their y,
+        # one step feeds what they all have ahead, to 256 positions in all: their logits exist at once.
         now = batch[:live]
-        given = torch.tensor([(tokens + [-1] * look_every)[1:look_every + 1] for tokens in ahead[:live]], device=device)
-        tokens = torch.tensor([tokens[0] for tokens in ahead[:live]], device=device)  # (live,)
+        fed = max(1, min(min(map(len, ahead[:live])) - 1, 256 // live))
+        steps = look_every if fed == 1 else 1
+        given = [(tokens + [-1] * steps)[1:steps * fed + 1] for tokens in ahead[:live]]
+        given = torch.tensor(given, device=device)  # (live, steps * fed), -1: to be sampled
+        tokens = torch.tensor([tokens[:fed] for tokens in ahead[:live]], device=device)  # (live, fed)
         seen = torch.tensor(extent[:live], device=device)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
-        heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None].to(wide)
+        heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
         indices, at = torch.tensor(now, device=device), torch.tensor([len(out[row]) for row in now], device=device)
         drawn, picked = [], []
-        for step in range(look_every):
-            seen = seen + 1
-            mask = torch.arange(length + 1, device=device) >= length + 1 - seen[:, None]
-            logits = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=seen[:, None] - 1,
-                           past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            length += 1
-            scores = (logits.to(wide) / heat).log_softmax(-1)  # (live, V)
+        for step in range(steps):
+            positions = seen[:, None] + torch.arange(fed, device=device)
+            seen = seen + fed
+            mask = torch.arange(length + fed, device=device) >= length + fed - seen[:, None]
+            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                           use_cache=True, logits_to_keep=fed).logits
+            length += fed
+            scores = (logits.to(wide) / heat).log_softmax(-1)  # (live, fed, V)
             if temperature == 0:
                 tokens = scores.argmax(-1)
-            else:
-                cdf = scores.exp().cumsum(-1, dtype=torch.float64)
+            elif fed == 1:
+                cdf = scores[:, 0].exp().cumsum(-1, dtype=torch.float64)
                 noise = uniforms[indices, (at + step).clamp(max=max_new_tokens - 1), None].double()
-                tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
-            tokens = torch.where(given[:, step] < 0, tokens, given[:, step])
+                tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+            known = given[:, step:step + fed]
+            tokens = torch.where(known < 0, tokens, known)
             drawn.append(tokens)
-            picked.append(scores.gather(-1, tokens[:, None])[:, 0])
+            picked.append(scores.gather(-1, tokens[..., None])[..., 0])
 
         # Look.
-        drawn, picked = torch.stack(drawn, 1).tolist(), torch.stack(picked, 1).tolist()
+        drawn, picked = torch.cat(drawn, 1).tolist(), torch.cat(picked, 1).tolist()
         for slot, row in enumerate(now):
-            extent[slot] += look_every
+            extent[slot] += steps * fed
             if row in ended:
-                known = min(look_every, len(ahead[slot]) - 1)
+                known = min(steps * fed, len(ahead[slot]) - 1)
                 scored[row] += picked[slot][:known]
                 ahead[slot] = ahead[slot][known:]
                 if len(ahead[slot]) == 1:

@@ -106,17 +106,30 @@ def test_batch_size_and_looks_change_nothing(tiny, cups, monkeypatch, batch_size
     prompts = [e.prompt[i:] for i, e in enumerate(cups)]
     expected, fed, forward = generate(model, prompts, 30, **options), [], model.forward
     assert len({len(ids) for ids, _, _ in expected}) > 5
-    monkeypatch.setattr(model, "forward", lambda *a, **k: fed.append(k["input_ids"].shape) or forward(*a, **k))
+    monkeypatch.setattr(model, "forward", lambda *a, **k: fed.append((*k["input_ids"].shape, k["logits_to_keep"]))
+                        or forward(*a, **k))
     got = generate(model, prompts, 30, batch_size=batch_size, look_every=look_every, **options)
     assert [row[0] for row in got] == [row[0] for row in expected]
     for a, b in zip(got, expected):
         assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
-    assert sum(n for n, length in fed if length > 1) == 6
-    steps = [n for n, length in fed if length == 1]
-    assert max(steps) == batch_size
+    assert sum(n for n, length, kept in fed if kept < length) == 6  # prompts
+    steps = [(n, length) for n, length, kept in fed if kept == length]
+    assert max(steps)[0] == batch_size
+    assert batch_size > 1 or steps.count((1, 6)) == 24  # where no row samples, y is fed in one step
     if look_every == 1:
         positions = sum(len(ids) + len(cups[row // 4].answers[0]) for row, (ids, _, _) in enumerate(got))
-        assert sum(steps) == positions  # each sampled token and each of y is fed once, and nothing else
+        assert sum(n * length for n, length in steps) == positions  # each sampled token and each of y once, and no more
+
+
+def test_answers_are_fed_many_positions_at_a_time(tiny, cups, monkeypatch):
+    """As evaluation without a rationale does; as wide as the vocabulary, logits of 256 positions exist at most."""
+    model, y, fed, forward = tiny[0], [i % 30 for i in range(45)], [], tiny[0].forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: fed.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
+    out = generate(model, [e.prompt for e in cups], 0, num_samples=4, continuations=lambda row, ids: (0, y), room=45)
+    assert fed[1:] == [(24, 10)] * 4 + [(24, 5)]  # after the prefill
+    ids = torch.tensor([cups[5].prompt + y])
+    expected = forward(ids).logits[0, -46:-1].log_softmax(-1)[range(45), y].tolist()
+    assert out[23][2] == pytest.approx(expected, abs=1e-4)
 
 
 def test_everything_stops_at_once_and_nothing_stops(tiny, cups):
