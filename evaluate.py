@@ -61,13 +61,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
                trust_remote_code: bool = False, own_dtype: bool = False):
-    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or in their own.
+    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or, to be trained,
+    in their own. Attention "auto" is flash-attn for training on a GPU: in sampling its steps could not be captured.
 
     UserError where either cannot be loaded or they do not fit together.
     """
     if attn_implementation == "auto":  # None lets transformers choose: SDPA, or eager for the few models without
-        flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        attn_implementation = "flash_attention_2" if flash and compute != torch.float32 else None
+        flash = own_dtype and torch.device(device).type == "cuda" and compute != torch.float32
+        attn_implementation = "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else None
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
         made = "; `python latro.py` makes it" if path.endswith("cups-base/final") else ""
@@ -139,6 +140,7 @@ def generate(
     room: int = 0,
     batch_size: int | None = None,
     look_every: int | None = None,
+    capture: Callable | None = None,
 ) -> list[tuple[list[int], list[float], list[float]]]:
     """Sample `num_samples` continuations of each prompt, with a KV cache and continuous batching.
 
@@ -152,6 +154,9 @@ def generate(
     after prompt⊕ids[:n] on its cache, which scores it without a second pass over the prompt.
     look_every: steps until the host looks at the tokens again (default 1; 16 on a GPU, which then waits for it less
     often). What was sampled past an end is dropped: the result does not depend on it.
+    capture(step, arguments) → a function like step, of tensors alone, that replays what it did on these: the host then
+    launches a step, not hundreds of kernels (default on a GPU: torch.cuda.make_graphed_callables). It is called for 1,
+    2, 4, … rows and each time attends to all slots of the cache, through a mask: not for sliding windows or flash-attn.
 
     Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
@@ -161,6 +166,12 @@ def generate(
     slack = 32  # slots that the batch may drift to the right before it is moved back
     slots = max(map(len, prompts)) + max_new_tokens + room + 2 * look_every + slack
     length = 0  # slots in use: every row of the batch ends there, so that one index serves all
+    visible, places = 0, torch.empty(0)  # in a step: slots that are attended to, and (fed,) those of what is fed
+    graphs: dict[int, Callable] = {}  # captured steps by their number of rows
+    sliding = getattr(model.config, "sliding_window", None)
+    layers = getattr(model.config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
+    if device.type == "cuda" and model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}:
+        capture = capture or torch.cuda.make_graphed_callables
 
     class Slab(DynamicLayer):
         """One layer's keys and values, (width, heads, slots, head size), written in place."""
@@ -171,17 +182,18 @@ def generate(
             self.keys, self.values = (x.new_zeros(width, x.shape[1], slots, x.shape[3]) for x in like)
 
         def update(self, keys, values, *args, **kwargs):  # (live, heads, fed, head size)
-            live, end = len(keys), length + keys.shape[2]
-            self.keys[:live, :, length:end], self.values[:live, :, length:end] = keys, values
-            return self.keys[:live, :, :end], self.values[:live, :, :end]
+            slabs = self.keys[:len(keys)], self.values[:len(keys)]
+            for slab, new in zip(slabs, (keys, values)):
+                slab.index_copy_(2, places, new)
+            return [slab[:, :, :visible] for slab in slabs]
 
         def get_seq_length(self):
-            return length
+            return visible - len(places)
 
     cache, prefilled = Cache(layers=[]), {}
     batch: list[int | None] = [None] * width  # the row in each slab row; None: free
     extent = [0] * width  # tokens in the cache, which end at slot `length`
-    ahead: list[list[int]] = [[]] * width  # the tokens to feed: the last one sampled, or of prompt⊕z⊕y what is left
+    ahead: list[list[int]] = [[0]] * width  # the tokens to feed: the last one sampled, or of prompt⊕z⊕y what is left
     waiting = list(range(rows))[::-1]  # the next row is the last
     out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
     ended = set()  # rows that have, and whose y is being scored
@@ -227,6 +239,34 @@ def generate(
         extent[slot], ahead[slot] = len(kept) - 1, kept[-1:] + y
         ended.add(row)
 
+    def step(tokens, known, seen, at, heat, noise):
+        """Feed tokens (n, fed) at slots `at` (fed,), `seen` (n,) before them; returns the next ones, sampled by noise
+        (n, 1) where `known` (n, fed) is -1, and their log-probabilities at temperature `heat` (n, 1, 1)."""
+        nonlocal places
+        places, fed = at, tokens.shape[1]
+        slot, last = torch.arange(visible, device=device), at[-1]
+        mask = (slot <= last) & (slot > last - fed - seen[:, None])  # (n, visible)
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=seen[:, None] + at - at[0],
+                       past_key_values=cache, use_cache=True, logits_to_keep=fed).logits
+        scores = (logits.to(wide) / heat).log_softmax(-1)  # (n, fed, V)
+        if temperature == 0:
+            drawn = scores.argmax(-1)
+        else:
+            cdf = scores[:, -1].exp().cumsum(-1, dtype=torch.float64)
+            drawn = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+        tokens = torch.where(known < 0, drawn, known)
+        return tokens, scores.gather(-1, tokens[..., None])[..., 0]
+
+    def replay(*arguments):
+        nonlocal capture
+        rows = len(arguments[0])
+        if capture is not None and rows not in graphs:
+            try:
+                graphs[rows] = capture(step, arguments)
+            except RuntimeError:  # the model's code looks at values (longrope does): launch each step
+                capture = None
+        return [x.clone() for x in graphs.get(rows, step)(*arguments)]
+
     while waiting or any(row is not None for row in batch):
         # Waiting rows take the free places, an eighth of the batch at a time: a prefill delays all rows.
         free = [slot for slot in range(width) if batch[slot] is None]
@@ -259,39 +299,33 @@ def generate(
 
         # A few steps without a look: feed a token of each row, sample or score the next. Where all rows are at their y,
         # one step feeds what they all have ahead, to 256 positions in all: their logits exist at once.
-        now = batch[:live]
         fed = max(1, min(min(map(len, ahead[:live])) - 1, 256 // live))
-        steps = look_every if fed == 1 else 1
-        given = [(tokens + [-1] * steps)[1:steps * fed + 1] for tokens in ahead[:live]]
-        given = torch.tensor(given, device=device)  # (live, steps * fed), -1: to be sampled
-        tokens = torch.tensor([tokens[:fed] for tokens in ahead[:live]], device=device)  # (live, fed)
-        seen = torch.tensor(extent[:live], device=device)
+        steps, run, n = (look_every if fed == 1 else 1), step, live
+        if capture is not None and fed == 1:
+            run, n = replay, min(width, 1 << (live - 1).bit_length())  # free places are fed whatever they hold
+        now = batch[:n]
+        given = [(tokens + [-1] * steps)[1:steps * fed + 1] for tokens in ahead[:n]]
+        given = torch.tensor(given, device=device)  # (n, steps * fed), -1: to be sampled
+        tokens = torch.tensor([tokens[:fed] for tokens in ahead[:n]], device=device)  # (n, fed)
+        seen, at = torch.tensor(extent[:n], device=device), torch.arange(length, length + fed, device=device)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
-        indices, at = torch.tensor(now, device=device), torch.tensor([len(out[row]) for row in now], device=device)
+        noise = torch.zeros(n, steps, dtype=torch.float64, device=device)
+        if temperature > 0:
+            columns = [range(len(out[row or 0]), len(out[row or 0]) + steps) for row in now]
+            columns = torch.tensor(columns, device=device).clamp(max=max_new_tokens - 1)
+            noise = uniforms[torch.tensor([row or 0 for row in now], device=device)[:, None], columns].double()
         drawn, picked = [], []
-        for step in range(steps):
-            positions = seen[:, None] + torch.arange(fed, device=device)
-            seen = seen + fed
-            mask = torch.arange(length + fed, device=device) >= length + fed - seen[:, None]
-            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                           use_cache=True, logits_to_keep=fed).logits
-            length += fed
-            scores = (logits.to(wide) / heat).log_softmax(-1)  # (live, fed, V)
-            if temperature == 0:
-                tokens = scores.argmax(-1)
-            elif fed == 1:
-                cdf = scores[:, 0].exp().cumsum(-1, dtype=torch.float64)
-                noise = uniforms[indices, (at + step).clamp(max=max_new_tokens - 1), None].double()
-                tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
-            known = given[:, step:step + fed]
-            tokens = torch.where(known < 0, tokens, known)
+        for i in range(steps):
+            visible = slots if run is replay else length + fed
+            tokens, logprobs_now = run(tokens, given[:, i:i + fed], seen, at, heat, noise[:, i:i + 1])
+            seen, at, length = seen + fed, at + fed, length + fed
             drawn.append(tokens)
-            picked.append(scores.gather(-1, tokens[..., None])[..., 0])
+            picked.append(logprobs_now)
 
         # Look.
         drawn, picked = torch.cat(drawn, 1).tolist(), torch.cat(picked, 1).tolist()
-        for slot, row in enumerate(now):
+        for slot, row in enumerate(now[:live]):
             extent[slot] += steps * fed
             if row in ended:
                 known = min(steps * fed, len(ahead[slot]) - 1)
@@ -677,7 +711,7 @@ class Common:
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else what the model prefers")
+    attn_implementation: str = key("auto", "auto: flash-attn to train, where installed, on a GPU; else what the model prefers")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of sampling and, in training, of the data's order")
 

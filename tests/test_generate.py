@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.utils import import_utils
 
 import latro
 from data import UserError, decoder, load_rows, make_examples
@@ -119,6 +121,54 @@ def test_batch_size_and_looks_change_nothing(tiny, cups, monkeypatch, batch_size
     if look_every == 1:
         positions = sum(len(ids) + len(cups[row // 4].answers[0]) for row, (ids, _, _) in enumerate(got))
         assert sum(n * length for n, length in steps) == positions  # each sampled token and each of y once, and no more
+
+
+def trace(step, arguments):
+    """What a GPU's capture does, as far as a CPU can: run it a few times, then record its operations on tensors, with
+    every number of the host's as it is now; to look at a tensor's value is an error. What is replayed reads from the
+    arguments given here and writes to the same results every time."""
+    for _ in range(3):
+        results = [x.clone() for x in step(*arguments)]
+    recorded = make_fx(step)(*arguments)
+
+    def replay(*new):
+        for mine, x in zip(arguments, new):
+            mine.copy_(x)
+        for mine, x in zip(results, recorded(*arguments)):
+            mine.copy_(x)
+        return results
+
+    return replay
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_captured_step_replays(tiny, cups, monkeypatch, temperature):
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # transformers must not look either
+    captured, model = [], copy.deepcopy(tiny[0]).double()
+    options = {"num_samples": 4, "temperature": temperature, "uniforms": uniform_rows(map(str, range(24)), 30),
+               "stop_ids": {2, 5}, "stop_seqs": [" cup", "1 3"], "decode": decoder(tiny[1]), "room": 6, "batch_size": 11,
+               "continuations": lambda row, ids: (len(ids) // 2, cups[row // 4].answers[0]), "look_every": 4}
+    prompts = [e.prompt[i:] for i, e in enumerate(cups)]
+    expected = generate(model, prompts, 30, **options)
+
+    def capture(step, arguments):
+        captured.append(len(arguments[0]))
+        return trace(step, arguments)
+
+    got = generate(model, prompts, 30, capture=capture, **options)
+    assert [row[0] for row in got] == [row[0] for row in expected]
+    for a, b in zip(got, expected):
+        assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
+    assert captured[0] == 11 and len(set(captured)) == len(captured) <= 5  # of 11, 8, 4, 2, 1
+
+
+def test_a_step_that_cannot_be_captured_is_run(tiny, cups, monkeypatch):
+    """As where a model's code looks at a value of a tensor."""
+    tried, forward = [], tiny[0].forward
+    monkeypatch.setattr(tiny[0], "forward", lambda *a, **k: k["position_ids"].max().item() and forward(*a, **k))
+    prompts = [e.prompt for e in cups]
+    got = generate(tiny[0], prompts, 9, capture=lambda *a: tried.append(1) or trace(*a))
+    assert [ids for ids, *_ in got] == [ids for ids, *_ in generate(tiny[0], prompts, 9)] and len(tried) == 1
 
 
 def test_answers_are_fed_many_positions_at_a_time(tiny, cups, monkeypatch):
