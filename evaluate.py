@@ -711,7 +711,7 @@ class Common:
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn to train, where installed, on a GPU; else what the model prefers")
+    attn_implementation: str = key("auto", "auto: flash-attn to train on a GPU, if installed; else the model's choice")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of sampling and, in training, of the data's order")
 
