@@ -61,14 +61,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
                trust_remote_code: bool = False, own_dtype: bool = False):
-    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or, to be trained,
-    in their own. Attention "auto" is flash-attn for training on a GPU: in sampling its steps could not be captured.
+    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or in their own.
 
     UserError where either cannot be loaded or they do not fit together.
     """
     if attn_implementation == "auto":  # None lets transformers choose: SDPA, or eager for the few models without
-        flash = own_dtype and torch.device(device).type == "cuda" and compute != torch.float32
-        attn_implementation = "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else None
+        flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        attn_implementation = "flash_attention_2" if flash and compute != torch.float32 else None
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
         made = "; `python latro.py` makes it" if path.endswith("cups-base/final") else ""
@@ -154,9 +153,10 @@ def generate(
     after prompt⊕ids[:n] on its cache, which scores it without a second pass over the prompt.
     look_every: steps until the host looks at the tokens again (default 1; 16 on a GPU, which then waits for it less
     often). What was sampled past an end is dropped: the result does not depend on it.
-    capture(step, arguments) → a function like step, of tensors alone, that replays what it did on these: the host then
-    launches a step, not hundreds of kernels (default on a GPU: torch.cuda.make_graphed_callables). It is called for 1,
-    2, 4, … rows and each time attends to all slots of the cache, through a mask: not for sliding windows or flash-attn.
+    capture(step, arguments) → a function like step, of tensors alone, that replays what it did on these, such as
+    torch.cuda.make_graphed_callables: the host then launches a step, not hundreds of kernels. Called for batch_size
+    rows and the powers of two below; the step then attends to all slots of the cache, masked (SDPA or eager attention;
+    ValueError where layers have a sliding window). Default: no capture.
 
     Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
@@ -168,10 +168,10 @@ def generate(
     length = 0  # slots in use: every row of the batch ends there, so that one index serves all
     visible, places = 0, torch.empty(0)  # in a step: slots that are attended to, and (fed,) those of what is fed
     graphs: dict[int, Callable] = {}  # captured steps by their number of rows
-    sliding = getattr(model.config, "sliding_window", None)
-    layers = getattr(model.config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"]
-    if device.type == "cuda" and model.config._attn_implementation == "sdpa" and set(layers) == {"full_attention"}:
-        capture = capture or torch.cuda.make_graphed_callables
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
+    if capture is not None and set(layers) != {"full_attention"}:
+        raise ValueError("capture: the model's layers have a sliding window, which a captured step does not know")
 
     class Slab(DynamicLayer):
         """One layer's keys and values, (width, heads, slots, head size), written in place."""
@@ -258,14 +258,10 @@ def generate(
         return tokens, scores.gather(-1, tokens[..., None])[..., 0]
 
     def replay(*arguments):
-        nonlocal capture
         rows = len(arguments[0])
-        if capture is not None and rows not in graphs:
-            try:
-                graphs[rows] = capture(step, arguments)
-            except RuntimeError:  # the model's code looks at values (longrope does): launch each step
-                capture = None
-        return [x.clone() for x in graphs.get(rows, step)(*arguments)]
+        if rows not in graphs:
+            graphs[rows] = capture(step, arguments)
+        return [x.clone() for x in graphs[rows](*arguments)]
 
     while waiting or any(row is not None for row in batch):
         # Waiting rows take the free places, an eighth of the batch at a time: a prefill delays all rows.
@@ -299,15 +295,17 @@ def generate(
 
         # A few steps without a look: feed a token of each row, sample or score the next. Where all rows are at their y,
         # one step feeds what they all have ahead, to 256 positions in all: their logits exist at once.
-        fed = max(1, min(min(map(len, ahead[:live])) - 1, 256 // live))
-        steps, run, n = (look_every if fed == 1 else 1), step, live
-        if capture is not None and fed == 1:
-            run, n = replay, min(width, 1 << (live - 1).bit_length())  # free places are fed whatever they hold
+        fed, steps, run, n = 1, look_every, step, live
+        if ended.issuperset(batch[:live]):
+            fed, steps = min(min(map(len, ahead[:live])) - 1, max(1, 256 // live)), 1
+        elif capture is not None:
+            run, n = replay, min(width, 1 << (live - 1).bit_length())  # free places are fed too, after nothing
         now = batch[:n]
         given = [(tokens + [-1] * steps)[1:steps * fed + 1] for tokens in ahead[:n]]
         given = torch.tensor(given, device=device)  # (n, steps * fed), -1: to be sampled
         tokens = torch.tensor([tokens[:fed] for tokens in ahead[:n]], device=device)  # (n, fed)
-        seen, at = torch.tensor(extent[:n], device=device), torch.arange(length, length + fed, device=device)
+        seen = torch.tensor(extent[:live] + [0] * (n - live), device=device)
+        at = torch.arange(length, length + fed, device=device)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
         noise = torch.zeros(n, steps, dtype=torch.float64, device=device)
@@ -372,12 +370,12 @@ def token_logprobs(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Te
     """log softmax(head(hidden) / temperature)[targets], natural log, float32 at least.
 
     hidden (N, H), targets (N,), temperature (N,) or a number, None is 1; returns (N,), differentiable. The logits exist
-    for `chunk` positions at a time (default 256; 1024 on a GPU, where adding up the weight's gradient costs more) and
-    are computed again in the backward pass: never (N, V) whole.
+    for `chunk` positions at a time (default: 1024 on a GPU, else H / 2, at least 256; each adds a gradient to the
+    weight) and are computed again in the backward pass: never (N, V) whole.
     slopes (N,): d loss / d result, where it is known beforehand. Then nothing is computed twice: head's parameters get
     their gradients here, and what is returned is the result, without a graph, and d loss / d hidden (N, H).
     """
-    chunk = chunk or (1024 if hidden.is_cuda else 256)
+    chunk = chunk or (1024 if hidden.is_cuda else max(256, hidden.shape[1] // 2))
 
     def some(hidden, targets, temperature=None):
         logits = head(hidden)  # (chunk, V)
@@ -668,8 +666,8 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     elif sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         # glibc gives freed memory back, and each pass would get it anew, zeroed page by page: keep what is not huge.
-        mallopt(M_MMAP_THRESHOLD, 64 << 20)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if mallopt(M_MMAP_THRESHOLD, 64 << 20):  # glibc before 2.35 refuses
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if cuda else "gloo", **alone)
@@ -711,7 +709,7 @@ class Common:
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn to train on a GPU, if installed; else the model's choice")
+    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else what the model prefers")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of sampling and, in training, of the data's order")
 
@@ -794,7 +792,7 @@ def main(argv: list[str], run: str | None = None) -> None:
 
 def context_left(model: nn.Module, response_length: int) -> int | None:
     """Tokens that the model's context leaves for x⊕y beside a rationale."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return context and context - response_length
 
 

@@ -455,8 +455,6 @@ def set_out(model: nn.Module, config: Config, device) -> tuple[Scorer, Scorer | 
     policy = make_policy(master, sampler, mesh, config.gradient_checkpointing)
     if config.objective == "latro" and config.kl_coef > 0:
         reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
-    if sampler.config._attn_implementation == "flash_attention_2":
-        sampler.set_attn_implementation("sdpa")  # whose decoding step can be captured
     refresh(sampler, policy)
     return policy, reference, sampler
 

@@ -344,6 +344,9 @@ def generation(bench: Bench) -> None:
         prompts = [example.prompt for example in bench.examples(tokenizer, 16)]
         contenders = {"transformers": partial(their_generate, plain(copy.deepcopy(model))),
                       "ours": partial(our_generate, model, tokenizer)}
+        if bench.device.type == "cuda":
+            contenders["ours, captured"] = partial(our_generate, model, tokenizer,
+                                                   capture=torch.cuda.make_graphed_callables)
         for work in contenders.values():  # kernels are chosen
             turn(work, prompts, [4] * 8, 4, 8, 0)
         for title, case in cases.items():
@@ -379,13 +382,13 @@ def their_generate(model, prompts, lengths: list[int], limit: int, width: int) -
         assert out.shape[1] - start == ends.max()
 
 
-def our_generate(model, tokenizer, prompts, lengths: list[int], limit: int, width: int) -> None:
+def our_generate(model, tokenizer, prompts, lengths: list[int], limit: int, width: int, capture=None) -> None:
     """generate() on all rows, `width` at a time. Uniform number 0 picks token 0, here the only stop; the others lie
     above a half, where token 0 hardly is. Text is searched for a stop sequence at every token, as in training."""
     uniforms = 0.5 + uniform_rows(map(str, range(len(lengths))), limit) / 2  # (rows, limit)
     uniforms[range(len(lengths)), torch.tensor(lengths) - 1] = 0.0
     out = generate(model, prompts, limit, num_samples=K, temperature=1.0, stop_ids={0}, uniforms=uniforms,
-                   stop_seqs=[NEVER], decode=decoder(tokenizer), batch_size=width)
+                   stop_seqs=[NEVER], decode=decoder(tokenizer), batch_size=width, capture=capture)
     assert [len(ids) for ids, _, _ in out] == lengths
 
 

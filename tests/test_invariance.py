@@ -149,15 +149,6 @@ def test_one_process_shares_weights_and_nothing_else(tiny, cups):
     assert [p for p in policy.parameters() if p.grad is None] == frozen[:1]
 
 
-def test_flash_attention_is_for_training(tiny):
-    """What is sampled from has attention that a captured step can hold."""
-    model = copy.deepcopy(tiny[0])
-    model.config._attn_implementation = "flash_attention_2"
-    policy, reference, sampler = latro.set_out(model, latro.Config(dtype="float32"), torch.device("cpu"))
-    used = [m.config._attn_implementation for m in (policy.forward.__self__.model, reference.model, sampler)]
-    assert used == ["flash_attention_2", "flash_attention_2", "sdpa"]
-
-
 def test_gradient_is_that_of_a_slow_reference(start):
     """The whole update against plain autograd, rollout by rollout, with the advantages of the logged rewards."""
     model, tokenizer, examples, rtol = start
