@@ -43,8 +43,8 @@ transformers_logging.disable_progress_bar()  # ours show the long work
 # For CPUs; all are read at first use. Tensors of 2 MiB and more lie in huge pages: about 500 times fewer page faults.
 # oneDNN, and PyTorch's layer over it, each keep a kernel per shape, by default 1,024: that would grow for 100 updates.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(cache, "100")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "100")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def generate(
             self.lazy_initialization(*like)  # zeros below: what is masked is still multiplied, by 0
             self.keys, self.values = (x.new_zeros(width, x.shape[1], slots, x.shape[3]) for x in like)
 
-        def update(self, keys, values, *args, **kwargs):  # (live, heads, fed, head size)
+        def update(self, keys, values, *args, **kwargs):  # (n, heads, fed, head size)
             slabs = self.keys[:len(keys)], self.values[:len(keys)]
             for slab, new in zip(slabs, (keys, values)):
                 slab.index_copy_(2, places, new)

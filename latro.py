@@ -473,10 +473,12 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
     """Bring the sampler's weights up to date with the policy's, in place, one parameter at a time. With one process and
     one dtype they become the policy's own, and there is nothing to copy."""
     for plain, master in zip(sampler.parameters(), policy.model.parameters(), strict=True):
-        if world_size() == 1 and plain.dtype == master.dtype:
+        if world_size() > 1:
+            plain.copy_(full(master.to(plain.dtype)))  # cast first: less to gather
+        elif plain.dtype == master.dtype:
             plain.data = master.data
         else:
-            plain.copy_(master if world_size() == 1 else full(master.to(plain.dtype)))  # cast first: less to gather
+            plain.copy_(master)
 
 
 def export(folder: str, policy: Scorer, sampler: nn.Module, tokenizer, dtype: torch.dtype) -> None:

@@ -97,6 +97,13 @@ def test_finished_rows_leave_the_batch(tiny, cups, monkeypatch):
     assert seen == [6] + [sum(length > t for length in lengths) for t in range(max(lengths))]  # prefilled once
 
 
+def assert_same(got, expected):
+    """Two results of generate: the same tokens, and the same log-probabilities but for rounding."""
+    assert [row[0] for row in got] == [row[0] for row in expected]
+    for a, b in zip(got, expected):
+        assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
+
+
 @pytest.mark.parametrize("batch_size, look_every", [(1, 1), (5, 1), (5, 4), (24, 7), (9, 16)])
 def test_batch_size_and_looks_change_nothing(tiny, cups, monkeypatch, batch_size, look_every):
     """Rows that wait for a place, and a host that looks seldom, get the same tokens and figures; a prompt is prefilled
@@ -111,9 +118,7 @@ def test_batch_size_and_looks_change_nothing(tiny, cups, monkeypatch, batch_size
     monkeypatch.setattr(model, "forward", lambda *a, **k: fed.append((*k["input_ids"].shape, k["logits_to_keep"]))
                         or forward(*a, **k))
     got = generate(model, prompts, 30, batch_size=batch_size, look_every=look_every, **options)
-    assert [row[0] for row in got] == [row[0] for row in expected]
-    for a, b in zip(got, expected):
-        assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
+    assert_same(got, expected)
     assert sum(n for n, length, kept in fed if kept < length) == 6  # prompts
     steps = [(n, length) for n, length, kept in fed if kept == length]
     assert max(steps)[0] == batch_size
@@ -156,9 +161,7 @@ def test_a_captured_step_replays(tiny, cups, monkeypatch, temperature):
         return trace(step, arguments)
 
     got = generate(model, prompts, 30, capture=capture, **options)
-    assert [row[0] for row in got] == [row[0] for row in expected]
-    for a, b in zip(got, expected):
-        assert a[1] == pytest.approx(b[1], abs=1e-6) and a[2] == pytest.approx(b[2], abs=1e-6)
+    assert_same(got, expected)
     assert captured[0] == 11 and len(set(captured)) == len(captured) <= 5  # of 11, 8, 4, 2, 1
 
 
