@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import functools
 import glob
-import importlib.util
 import json
 import os
 import random
@@ -65,9 +64,8 @@ def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cp
 
     UserError where either cannot be loaded or they do not fit together.
     """
-    if attn_implementation == "auto":  # None lets transformers choose: SDPA, or eager for the few models without
-        flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        attn_implementation = "flash_attention_2" if flash and compute != torch.float32 else None
+    if attn_implementation == "auto":
+        attn_implementation = None  # transformers chooses: SDPA, or eager for the few models without
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
         made = "; `python latro.py` makes it" if path.endswith("cups-base/final") else ""
@@ -709,7 +707,7 @@ class Common:
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: flash-attn where installed on a GPU, else what the model prefers")
+    attn_implementation: str = key("auto", "auto: the model's own; on a GPU training's passes take flash-attn")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of sampling and, in training, of the data's order")
 

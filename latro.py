@@ -392,21 +392,22 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList))
 
 
-def shard(model: nn.Module, dtype: torch.dtype, mesh) -> Scorer:
-    """FSDP2: one group per decoder layer, the rest with the root; arithmetic in `dtype`, sums of gradients in float32.
-    One process has nothing to shard."""
+def shard(model: nn.Module, held: torch.dtype, dtype: torch.dtype, mesh) -> Scorer:
+    """FSDP2: one group per decoder layer, the rest with the root; weights held in `held`, cast as they are cut up, so
+    that no rank ever has all of them in it; arithmetic in `dtype`, sums of gradients in float32. One process has
+    nothing to shard."""
     scorer = Scorer(model)
     if world_size() == 1:
-        return scorer
+        return cast(scorer, held)
     options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
         dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)}
     for layer in decoder_layers(model):
-        fully_shard(layer, **options)
-    return fully_shard(scorer, **options)
+        fully_shard(cast(layer, held), **options)
+    return fully_shard(cast(scorer, held), **options)
 
 
 def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointing: bool = False) -> Scorer:
-    """What learns: `model`'s float32 weights; arithmetic in the sampler's dtype. One process has nothing to shard: it
+    """What learns: `model`'s weights, in float32; arithmetic in the sampler's dtype. One process shards nothing: it
     computes with the sampler's own weights and adds each whole gradient to the float32 one, as FSDP does."""
     alone = world_size() == 1
     # alone: other modules around the same parameters, so that the sampler's know nothing of gradient checkpointing
@@ -415,8 +416,9 @@ def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointi
         modules.gradient_checkpointing_enable()
         for layer in decoder_layers(modules):
             layer.training = True  # what transformers asks; its parts keep their mode: no dropout
+    policy = shard(model, torch.promote_types(sampler.dtype, torch.float32), sampler.dtype, mesh)
     if not alone:
-        return shard(model, sampler.dtype, mesh)
+        return policy
 
     def collect(master: nn.Parameter, plain: nn.Parameter) -> None:
         if master.grad is None:
@@ -429,7 +431,6 @@ def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointi
     for master, plain in zip(model.parameters(), sampler.parameters(), strict=True):
         if plain.requires_grad:
             plain.register_post_accumulate_grad_hook(functools.partial(collect, master))
-    policy = Scorer(model)
     policy.forward = Scorer(modules).forward  # a method: their parameters do not become the policy's
     return policy
 
@@ -446,15 +447,26 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def scoring_attention(model: nn.Module, asked: str, compute: torch.dtype, device) -> str:
+    """The attention of the passes that score; "auto" is flash-attn where it is installed and the model has it. Sampling
+    keeps the model's own: flash-attn would cut the padding out of its batch at every layer and step, on the host."""
+    flash = (asked == "auto" and device.type == "cuda" and compute.itemsize == 2 and model._supports_flash_attn
+             and importlib.util.find_spec("flash_attn"))
+    return "flash_attention_2" if flash else model.config._attn_implementation
+
+
 def set_out(model: nn.Module, config: Config, device) -> tuple[Scorer, Scorer | None, nn.Module]:
     """(policy, reference, sampler) of a starting model, whole and in its own dtype: what learns, the frozen start where
     the objective asks for it, and the plain weights, `model` itself, that are sampled from."""
     compute, mesh = resolve_dtype(config.dtype, device), make_mesh(config, device)
-    master = cast(copy.deepcopy(model), torch.float32)
-    reference, sampler = None, cast(model, compute)
-    policy = make_policy(master, sampler, mesh, config.gradient_checkpointing)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(scoring_attention(model, config.attn_implementation, compute, device))
+    learner, reference = copy.deepcopy(model), None
+    sampler = cast(model, compute)
+    policy = make_policy(learner, sampler, mesh, config.gradient_checkpointing)
     if config.objective == "latro" and config.kl_coef > 0:
-        reference = shard(copy.deepcopy(sampler), compute, mesh).requires_grad_(False)
+        reference = shard(copy.deepcopy(sampler), compute, compute, mesh).requires_grad_(False)
+    sampler.set_attn_implementation(attention)  # the copies keep theirs
     refresh(sampler, policy)
     return policy, reference, sampler
 
@@ -695,7 +707,6 @@ def closing_split(config: Config) -> str:
 def train(config: Config, directory: str, model, tokenizer, examples: dict[str, list[Example]], grader: str,
           device) -> None:
     """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
-    on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     dtype = model.dtype
     policy, reference, sampler = set_out(model, config, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -704,6 +715,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     if checkpoint is not None:
         load_checkpoint(checkpoint, policy, optimizer)
         refresh(sampler, policy)
+    on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     count, per_step = len(examples["train"]), config.prompts * world_size()
     total_steps = config.total_steps(count, world_size())
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}

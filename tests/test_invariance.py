@@ -1,5 +1,6 @@
 """Loss and every gradient are the same however the work is cut: padding, order, micro-batches, ranks, checkpointing."""
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -67,7 +68,7 @@ def one_update(model, tokenizer, examples, monkeypatch=None, rollouts=None, grad
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter *= 1.1
-    reference = latro.shard(reference, model.dtype, mesh)
+    reference = latro.shard(reference, model.dtype, model.dtype, mesh)
     optimizer = Recorder(policy.parameters(), lr=3e-4, weight_decay=0.0, fused=True)
     if rollouts is not None:
         monkeypatch.setattr(latro, "sample_rollouts", lambda *arguments: rollouts)
@@ -149,6 +150,22 @@ def test_one_process_shares_weights_and_nothing_else(tiny, cups):
     assert [p for p in policy.parameters() if p.grad is None] == frozen[:1]
 
 
+def test_scoring_attention(tiny, monkeypatch):
+    """flash-attn only where the passes that score can have it; sampling keeps what the model prefers."""
+    def chosen(asked="auto", compute=torch.bfloat16, device="cuda", found=True):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+        return latro.scoring_attention(tiny[0], asked, compute, torch.device(device))
+
+    assert chosen() == "flash_attention_2"
+    assert {chosen(asked="sdpa"), chosen(compute=torch.float32), chosen(device="cpu"), chosen(found=False)} == {"sdpa"}
+    monkeypatch.setattr(tiny[0], "_supports_flash_attn", False)
+    assert chosen() == "sdpa"
+    monkeypatch.setattr(latro, "scoring_attention", lambda *arguments: "eager")
+    policy, reference, sampler = latro.set_out(copy.deepcopy(tiny[0]), latro.Config(), torch.device("cpu"))
+    scoring = policy.forward.__self__.model
+    assert [m.config._attn_implementation for m in (scoring, reference.model, sampler)] == ["eager", "eager", "sdpa"]
+
+
 def test_gradient_is_that_of_a_slow_reference(start):
     """The whole update against plain autograd, rollout by rollout, with the advantages of the logged rewards."""
     model, tokenizer, examples, rtol = start
@@ -209,6 +226,11 @@ def on_two_ranks(folder):
                               gradient_checkpointing=True)
     for x, y in zip(gradients, again, strict=True):
         torch.testing.assert_close(x, y)
+    halves = latro.cast(copy.deepcopy(start["model"]), torch.bfloat16)
+    weights = [p.float() for p in halves.parameters()]
+    policy, *_ = latro.set_out(halves, latro.Config(dtype="bfloat16"), torch.device("cpu"))
+    for parameter, weight in zip(policy.parameters(), weights, strict=True):
+        assert parameter.dtype == torch.float32 and torch.equal(latro.full(parameter.detach()), weight)
     shares = gather([optimizer.shares])
     if rank() == 0:
         torch.save({"gradients": gradients, "weights": optimizer.weights}, f"{folder}/two.pt")

@@ -70,17 +70,23 @@ def test_a_damaged_checkpoint_is_named_and_skipped(folder):
 
 
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
-    def side(width):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+    """And nothing of the run is overwritten."""
+    def start(width):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(
             "llama", vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4))
+
+    def side(model):
         policy = latro.make_policy(model, copy.deepcopy(model), None)
         return policy, torch.optim.AdamW(policy.parameters(), fused=True)
 
-    init_distributed()
-    latro.save_checkpoint(str(tmp_path), *side(32), {"step": 3}, 1)
-    latro.load_checkpoint(f"{tmp_path}/step-3", *side(32))
+    device = init_distributed()
+    latro.save_checkpoint(f"{tmp_path}/checkpoints", *side(start(32)), {"step": 3}, 1)
+    latro.load_checkpoint(f"{tmp_path}/checkpoints/step-3", *side(start(32)))
+    (tmp_path / "config.yaml").write_text("of the run")
+    config = latro.Config(checkpoint_path="latest", run_name=tmp_path.name, dtype="float32")
     with pytest.raises(data.UserError, match="checkpoint_path .*/step-3: does not fit the model"):
-        latro.load_checkpoint(f"{tmp_path}/step-3", *side(64))
+        latro.train(config, str(tmp_path), start(64), None, {}, "text", device)
+    assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 
 @pytest.fixture(scope="module")
