@@ -295,13 +295,18 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
     # A template writes its own BOS; a plain string gets one where the tokenizer would add it, and never a second.
     bos = tokenizer("a")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
     bos = bos if bos == [tokenizer.bos_token_id] else []
-    prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
+    try:
+        prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
+    except Exception as error:  # of the template, such as "no system role", or of the tokenizer
+        raise UserError(f"queries: the model's tokenizer or chat template refuses them ({error})") from None
     answers = [continue_text([sep + row["responses"] for row in rows]) for sep in (" ", "")]
     rationales = continue_text([row.get("rationales") or "" for row in rows])
     examples = []
     for row, prompt, spaced, bare, rationale in zip(rows, prompts, *answers, rationales, strict=True):
         templated = not isinstance(row["queries"], str) and tokenizer.chat_template
         prompt = prompt if templated or prompt[:1] == bos else bos + prompt
+        if not prompt:
+            raise UserError(f"queries: {str(row['queries'])[:80]!r} has no tokens")
         longest = len(prompt) + max(len(spaced), len(bare)) + 1
         if context is not None and longest > context:
             raise UserError(f"a prompt and its answer take {longest} tokens, and the model's context less "
@@ -443,7 +448,8 @@ def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
     """`given`, or the dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one
     is an object or array, else text."""
     truths = [row["groundtruth"] for row in rows]
-    if given == "option" and not all(isinstance(row.get("options"), list) for row in rows):
+    options = [row.get("options") for row in rows]
+    if given == "option" and not all(isinstance(o, list) and all(isinstance(text, str) for text in o) for o in options):
         raise UserError("grader option: the rows have no column options, a list of texts; use another grader")
     if given:
         return given

@@ -58,6 +58,14 @@ def place(tmp_path_factory):
     write("bad_messages.jsonl", GOOD, GOOD | {"queries": [{"role": "user"}]})
     write("bad_rationale.jsonl", GOOD, GOOD | {"rationales": 3})
     write("null.jsonl", GOOD, GOOD | {"groundtruth": None})
+    write("surrogate.jsonl", *[GOOD] * 19, GOOD | {"queries": "\ud83d"})
+    write("system.jsonl", *[GOOD] * 19, GOOD | {"queries": [{"role": "system", "content": "cup"}]})
+    write("no_tokens.jsonl", *[GOOD] * 19, GOOD | {"queries": [{"role": "user", "content": ""}]})
+    write("options.jsonl", *[GOOD | {"options": [1, 2]}] * 20)
+    write("long_rationale.jsonl", *[GOOD | {"rationales": "cup " * 240}] * 20)
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}"
+    shutil.copytree(place / "model", place / "strict")
+    (place / "strict/chat_template.jinja").write_text(strict)
     write("long.jsonl", *[GOOD] * 19, GOOD | {"queries": "cup " * 400})
     (place / "latin.jsonl").write_bytes('{"queries": "é"}'.encode("latin-1"))
     for name in ("gsm", "arc", "math", "nothing"):
@@ -105,6 +113,9 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "empty_query.jsonl", "row 2: column queries is empty"), (JSONL + "number_answer.jsonl", "row 2: column responses"),
     (JSONL + "bad_messages.jsonl", "row 2: column queries"), (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
     (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"), (JSONL + "latin.jsonl", "UTF-8"),
+    (JSONL + "surrogate.jsonl", "queries: .* refuses"), (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
+    (JSONL + "no_tokens.jsonl", "queries: .* has no tokens"), (JSONL + "options.jsonl --grader option", "grader option"),
+    (JSONL + "long_rationale.jsonl --objective sft", "a prompt, its rationale and its answer take 2.. tokens"),
     (JSONL + "nothing", "nothing"), ("--dataset_name gsm8k --dataset_path gsm", "no column (question|answer)"),
     ("--dataset_name arc_challenge --dataset_path arc", "answerKey"), ("--dataset_name math --dataset_path math", "math"),
     (JSONL + "good.jsonl --grader option", "grader option"), (JSONL + "good.jsonl --grader guess", "grader.*guess"),
@@ -213,7 +224,7 @@ def test_wandb(place, monkeypatch):
 
 
 def test_what_looks_odd_but_is_right(place, monkeypatch):
-    """Stops that begin with dashes, from YAML; no git on the machine; less than one step's worth of epochs."""
+    """Stops that begin with dashes, or none, from YAML; no git on the machine; less than one step's worth of epochs."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", "")
     (place / "odd.yaml").write_text("stop_seqs: ['---', '-x']")
@@ -223,6 +234,8 @@ def test_what_looks_odd_but_is_right(place, monkeypatch):
     assert settings["stop_seqs"] == ["---", "-x"] and "commit unknown" in open("runs/odd/config.yaml").readline()
     assert sum("reward" in line for line in open("runs/odd/metrics.jsonl")) == 1
     shutil.rmtree("runs/odd")
+    (place / "no_stop.yaml").write_text("stop_seqs:")
+    assert latro.load_config(["--config", "no_stop.yaml"]).stop_seqs == []
 
 
 def test_good_rows_load(place):
