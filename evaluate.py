@@ -295,7 +295,7 @@ def generate(
         # one step feeds what they all have ahead, to 256 positions in all: their logits exist at once.
         fed, steps, run, n = 1, look_every, step, live
         if ended.issuperset(batch[:live]):
-            fed, steps = min(min(map(len, ahead[:live])) - 1, max(1, 256 // live)), 1
+            fed, steps = max(1, min(min(map(len, ahead[:live])) - 1, 256 // live)), 1
         elif capture is not None:
             run, n = replay, min(width, 1 << (live - 1).bit_length())  # free places are fed too, after nothing
         now = batch[:n]
@@ -304,6 +304,10 @@ def generate(
         tokens = torch.tensor([tokens[:fed] for tokens in ahead[:n]], device=device)  # (n, fed)
         seen = torch.tensor(extent[:live] + [0] * (n - live), device=device)
         at = torch.arange(length, length + fed, device=device)
+        # What is fed past a row's end, until the host looks, stays at its last position: a learned table ends there.
+        last = [extent[slot] + (len(ahead[slot]) - 1 if row in ended else max_new_tokens - len(out[row]))
+                for slot, row in enumerate(batch[:live])]
+        last = torch.tensor(last + [0] * (n - live), device=device)  # (n,)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
         noise = torch.zeros(n, steps, dtype=torch.float64, device=device)
@@ -315,7 +319,7 @@ def generate(
         for i in range(steps):
             visible = slots if run is replay else length + fed
             tokens, logprobs_now = run(tokens, given[:, i:i + fed], seen, at, heat, noise[:, i:i + 1])
-            seen, at, length = seen + fed, at + fed, length + fed
+            seen, at, length = (seen + fed).minimum(last), at + fed, length + fed
             drawn.append(tokens)
             picked.append(logprobs_now)
 
@@ -621,8 +625,8 @@ def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
                             help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
     words = []
     for name, value in (below or {}).items():
-        if isinstance(value, list) and name in fields and isinstance(getattr(cls(), name), list):
-            parser.set_defaults(**{name: [str(item) for item in value]})  # as words they could be taken for flags
+        if isinstance(value, list | None) and name in fields and isinstance(getattr(cls(), name), list):
+            parser.set_defaults(**{name: [str(item) for item in value or []]})  # as words they could be taken for flags
         else:
             words.append(f"--{name}={value}")
     for word in words + argv:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import import_utils
 
 import latro
@@ -174,6 +175,18 @@ def test_answers_are_fed_many_positions_at_a_time(tiny, cups, monkeypatch):
     ids = torch.tensor([cups[5].prompt + y])
     expected = forward(ids).logits[0, -46:-1].log_softmax(-1)[range(45), y].tolist()
     assert out[23][2] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("look_every", [1, 16])
+def test_nothing_is_fed_past_a_learned_table_of_positions(look_every):
+    """A prompt, L tokens and y fill GPT-2's context to the last place; beside it a y without tokens."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)).eval()
+    prompts, answers = [[5] * 50, [6] * 10], [[7, 8, 9], []]
+    out = generate(model, prompts, 11, look_every=look_every, room=3, continuations=lambda row, ids: (len(ids), answers[row]))
+    for prompt, y, (ids, logprobs, scored) in zip(prompts, answers, out, strict=True):
+        expected = plain_logprobs(model, prompt + ids + y, len(prompt)).tolist()
+        assert logprobs + scored == pytest.approx(expected, abs=1e-4)
 
 
 def test_everything_stops_at_once_and_nothing_stops(tiny, cups):
