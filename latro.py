@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (DATASETS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
@@ -120,8 +121,10 @@ class Config(Common):
     def prompts(self) -> int:  # per step and rank
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
-    def total_steps(self, count: int, ranks: int) -> int:  # updates of a run over `count` training prompts
-        return self.max_steps or max(1, math.ceil(round(self.num_train_epochs * count) / (self.prompts * ranks)))
+    def total_steps(self, count: int, ranks: int, step: int = 0, consumed: int = 0) -> int:
+        """Updates of a run over `count` training prompts, of which `step` were made, with `consumed` prompts."""
+        left = math.ceil((round(self.num_train_epochs * count) - consumed) / (self.prompts * ranks))
+        return max(step, self.max_steps or step + left, 1)
 
 
 def load_config(argv: list[str]) -> Config:
@@ -268,21 +271,28 @@ def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
     passes are collective."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     n, longest, fewest = len(order), max(lengths), math.ceil(len(lengths) / size)
+    tables = [{0: (0, 0)}]  # by number of groups, best cuts of order[:end]: {end: (positions, begin of the last group)}
 
-    @functools.cache
-    def cut(count: int) -> tuple[int, list[int]]:  # (positions, ends) of the best `count` groups
-        best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # of the first so many sequences
-        for _ in range(count):
-            steps = [(positions + (end - begin) * lengths[order[begin]], [*ends, end])
-                     for begin, (positions, ends) in best.items() if begin < n
-                     for end in range(begin + 1, min(n, begin + size * longest // lengths[order[begin]]) + 1)]
-            best = {ends[-1]: (positions, ends) for positions, ends in sorted(steps, reverse=True)}
-        return best[n]
+    def positions(count: int) -> int:  # of the best cut into `count` groups
+        while len(tables) <= count:
+            best: dict[int, tuple[int, int]] = {}
+            for begin, (before, _) in tables[-1].items():
+                width = lengths[order[begin]] if begin < n else longest
+                for end in range(begin + 1, min(n, begin + size * longest // width) + 1):
+                    new = before + (end - begin) * width, begin
+                    best[end] = min(best.get(end, new), new)
+            tables.append(best)
+        return tables[count][n][0]
 
     most = min(2 * fewest, n)
-    count = next((count for count in range(fewest, most) if cut(count)[0] <= 1.08 * sum(lengths)), most)
-    ends = cut(max(gather([count])))[1]
-    return [order[begin:end] for begin, end in zip([0, *ends], ends)]
+    count = next((count for count in range(fewest, most) if positions(count) <= 1.08 * sum(lengths)), most)
+    count = max(gather([count]))
+    positions(count)
+    groups, end = [], n
+    for table in tables[count:0:-1]:
+        groups.append(order[table[end][1]:end])
+        end = table[end][1]
+    return groups[::-1]
 
 
 def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Example], keys: list[str], config: Config,
@@ -413,9 +423,8 @@ def make_policy(model: nn.Module, sampler: nn.Module, mesh, gradient_checkpointi
     # alone: other modules around the same parameters, so that the sampler's know nothing of gradient checkpointing
     modules = copy.deepcopy(sampler, {id(p): p for p in sampler.parameters()}) if alone else model
     if gradient_checkpointing:
-        modules.gradient_checkpointing_enable()
-        for layer in decoder_layers(modules):
-            layer.training = True  # what transformers asks; its parts keep their mode: no dropout
+        for layer in decoder_layers(modules):  # transformers' own switch needs training mode: dropout, in OPT's layers
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = shard(model, torch.promote_types(sampler.dtype, torch.float32), sampler.dtype, mesh)
     if not alone:
         return policy
@@ -530,12 +539,20 @@ def sha256(path: str) -> str:
     return total.hexdigest()
 
 
+def last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2]
+
+
 def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
     """All that continuing needs, as folder/step-N, by torch.distributed.checkpoint; whole, or not at all."""
     final, partial = os.path.join(folder, f"step-{state['step']}"), os.path.join(folder, "partial")
     on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
     weights, moments = get_state_dict(policy, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    except CheckpointException as error:  # on all ranks alike
+        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise UserError(f"{final}: cannot be written; is the disk full? ({last_line(error)})") from None
     mine = [name for name in os.listdir(partial) if name.startswith(f"__{rank()}_") or rank() == 0 and name[0] == "."]
     sums = dict(gather([(name, sha256(os.path.join(partial, name))) for name in mine]))
 
@@ -544,7 +561,9 @@ def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: i
             json.dump(state | {"sha256": sums}, file)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        for old in checkpoints(folder)[keep:]:
+        found = checkpoints(folder)
+        place = found.index(final)  # what is newer was left behind by a run that went back to an older checkpoint
+        for old in found[:place] + found[place + keep:]:
             shutil.rmtree(old)
 
     on_rank_0(publish)
@@ -552,7 +571,8 @@ def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: i
 
 def checkpoints(folder: str) -> list[str]:
     """The step-N folders of a run's checkpoints/, the newest first."""
-    return sorted(glob.glob(os.path.join(folder, "step-*")), key=lambda path: -int(path.rpartition("-")[2]))
+    steps = [os.path.basename(path)[5:] for path in glob.glob(os.path.join(folder, "step-*"))]
+    return [os.path.join(folder, f"step-{n}") for n in sorted((int(n) for n in steps if n.isdigit()), reverse=True)]
 
 
 def read_checkpoint(path: str) -> dict | None:
@@ -572,8 +592,7 @@ def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
     except (Exception, CheckpointException) as error:  # the latter is none of the former: another model's tensors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint_path {path}: does not fit the model ({reason})") from None
+        raise UserError(f"checkpoint_path {path}: does not fit the model ({last_line(error)})") from None
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
@@ -697,7 +716,12 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
     rows |= {k: rows[k][:config.limit] for k in ("validation", "closing")}
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
     context = context_left(model, config.response_length)
-    return {k: make_examples(tokenizer, part, context) for k, part in rows.items()}, grader
+    examples = {k: make_examples(tokenizer, part, context) for k, part in rows.items()}
+    longest = max(len(e.prompt + e.rationale + e.answers[0]) for e in examples["train"])
+    if config.objective == "sft" and context is not None and longest > context_left(model, 0):
+        raise UserError(f"a prompt, its rationale and its answer take {longest} tokens, and the model's context has "
+                        f"{context_left(model, 0)}; shorten or drop the longest rationales")
+    return examples, grader
 
 
 def closing_split(config: Config) -> str:
@@ -711,13 +735,15 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     policy, reference, sampler = set_out(model, config, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
-    checkpoint, state = find_checkpoint(config, directory)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, policy, optimizer)
+    path, state = find_checkpoint(config, directory)
+    if path is not None:
+        load_checkpoint(path, policy, optimizer)
         refresh(sampler, policy)
+        if not on_rank_0(lambda: os.path.exists(os.path.join(directory, "best"))):
+            state["best"] = 0.0  # it was that of another run
     on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
     count, per_step = len(examples["train"]), config.prompts * world_size()
-    total_steps = config.total_steps(count, world_size())
+    total_steps = config.total_steps(count, world_size(), state["step"], state["consumed"])
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
     on_rank_0(lambda: (trim(metrics_path, state["step"]), trim(samples_path, state["step"])))
@@ -748,8 +774,11 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         if state["step"] in evaluate_at:
             evaluate_now()
         if state["step"] >= total_steps:
+            export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
+            told_to_stop = any(gather([len(SIGNALS) > 0]))  # during the last evaluation
             break
-        learning_rate = config.learning_rate * (1 - state["step"] / total_steps)
+        epochs_done = state["consumed"] / count / config.num_train_epochs
+        learning_rate = config.learning_rate * (1 - (state["step"] / total_steps if config.max_steps else epochs_done))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         first = state["consumed"] + rank() * config.prompts
@@ -775,16 +804,16 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
             save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state, config.save_total_limit)
         if told_to_stop:
-            bar.close()
-            if rank() == 0:
-                ranks = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if world_size() > 1 else "python"
-                print(f"stopped after step {state['step']}; continue with\n{ranks} {shlex.join(sys.argv)} "
-                      f"--run_name {config.run_name} --checkpoint_path latest", flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
+            break
     bar.close()
-    export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if told_to_stop:
+        if rank() == 0:
+            ranks = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if world_size() > 1 else "python"
+            print(f"stopped after step {state['step']}; continue with\n{ranks} {shlex.join(sys.argv)} "
+                  f"--run_name {config.run_name} --checkpoint_path latest", flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def start_wandb(config: Config, directory: str):
@@ -915,7 +944,7 @@ def main(argv: list[str]) -> None:
         return dry_run(config)
     device = init_distributed()
     base = os.path.normpath(config.model_name_or_path)
-    if base.endswith(os.path.join("cups-base", "final")) and not os.path.exists(base):
+    if base.endswith(os.path.join("cups-base", "final")) and not on_rank_0(lambda: os.path.exists(base)):
         make_embedded_base(os.path.dirname(base), device)
     model, tokenizer = load_model(config.model_name_or_path, resolve_dtype(config.dtype, device), device,
                                   config.attn_implementation, config.trust_remote_code, own_dtype=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import latro
 from evaluate import run_script, world_size
@@ -114,6 +114,15 @@ def test_gradient_checkpointing(start, monkeypatch):
     model, tokenizer, examples, rtol = start
     whole = one_update(model, tokenizer, examples)
     assert_same(one_update(model, tokenizer, examples, monkeypatch, whole[0], gradient_checkpointing=True), whole, rtol)
+
+
+def test_gradient_checkpointing_without_dropout():
+    """OPT's layers drop out by themselves where they are in training mode."""
+    model = OPTForCausalLM(OPTConfig(vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, dropout=0.5,
+                                     word_embed_proj_dim=32, max_position_embeddings=64)).eval()
+    policy = latro.make_policy(model, copy.deepcopy(model), None, gradient_checkpointing=True)
+    ids, rows, columns, targets = torch.arange(10)[None], torch.zeros(3, dtype=torch.long), torch.tensor([2, 5, 9]), torch.tensor([3, 4, 5])
+    torch.testing.assert_close(policy(ids, rows, columns, targets), latro.Scorer(model)(ids, rows, columns, targets))
 
 
 def test_bfloat16_gradients_add_up_in_float32(tiny, cups):

@@ -89,6 +89,74 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 
+BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true", "--rloo_k", "2",
+             "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8", "--num_evaluations", "1", "--save_steps", "1",
+             "--save_total_limit", "99", "--dtype", "float32")
+
+
+def test_a_run_by_epochs_continues_with_another_batch(folder, tmp_path, monkeypatch):
+    """As on another number of ranks: it ends after as many prompts, and the learning rate goes on where it was."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
+    for accumulation in ("2", "4"):  # 4 prompts a step, then 8
+        latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "latest", "--gradient_accumulation_steps", accumulation])
+        if accumulation == "2":
+            assert len(latro.checkpoints("runs/x/checkpoints")) == 12
+            for path in ["runs/x/final", "runs/x/best", *latro.checkpoints("runs/x/checkpoints")[:6]]:
+                shutil.rmtree(path)
+            os.remove("runs/x/evaluation-best.json")
+    steps = [row for row in rows("runs/x/metrics.jsonl") if "reward" in row]
+    ends = [row["epoch"] for row in steps]
+    assert ends == [i / 4 for i in range(1, 7)] + [2.0, 2.5, 3.0]
+    assert [row["lr"] for row in steps] == pytest.approx([1e-4 * (1 - begin / 3) for begin in [0, *ends[:-1]]])
+
+
+def test_going_on_from_a_chosen_checkpoint(folder, tmp_path, monkeypatch):
+    """Back in the same run: what is newer goes. In another run: it gets a best model of its own, though nothing beats the
+    first run's, and also where no step is left. A copy that a user made is no checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
+    latro.main([*BY_EPOCHS, "--run_name", "x", "--max_steps", "4"])
+    shutil.copytree("runs/x/checkpoints/step-1", "runs/x/checkpoints/step-1-copy")
+    latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "runs/x/checkpoints/step-2", "--max_steps", "3",
+                "--save_total_limit", "2"])
+    assert sorted(os.listdir("runs/x/checkpoints")) == ["step-1-copy", "step-2", "step-3"]
+    state = json.load(open("runs/x/checkpoints/step-3/state.json"))
+    json.dump(state | {"best": 2.0}, open("runs/x/checkpoints/step-3/state.json", "w"))
+    for name, steps in (("y", "4"), ("z", "2")):
+        latro.main([*BY_EPOCHS, "--run_name", name, "--checkpoint_path", "runs/x/checkpoints/step-3", "--max_steps", steps])
+        assert os.path.exists(f"runs/{name}/best") and os.path.exists(f"runs/{name}/evaluation-best.json")
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(folder):
+    """One line, and the checkpoint before is still there. Files of more than 4 MB cannot be written; weights are smaller."""
+    done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable, os.path.join(ROOT, "latro.py"), *BY_EPOCHS,
+                           "--run_name", "full"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{folder}/runs/full/checkpoints") == []
+
+
+def test_told_to_stop_in_the_last_evaluation(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
+    evaluate, calls = latro.evaluate, []
+
+    def told(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(latro, "evaluate", told)
+    arguments = [*BY_EPOCHS, "--run_name", "x", "--max_steps", "1", "--checkpoint_path", "latest"]
+    with pytest.raises(SystemExit, match="143"):
+        latro.main(arguments)
+    assert "--run_name x --checkpoint_path latest" in capsys.readouterr().out
+    assert os.path.exists("runs/x/final") and not os.path.exists("runs/x/evaluation-best.json")
+    latro.main(arguments)
+    assert os.path.exists("runs/x/evaluation-best.json")
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
     script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8, "--num_evaluations", 1,
