@@ -52,18 +52,16 @@ def read_jsonl(path: str) -> list[dict]:
     """Rows of a JSONL file; UserError names the file and the line that is no JSON object."""
     rows = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
                         raise ValueError("not a JSON object")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8 JSONL") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give dataset_path a readable file") from None
     except ValueError as error:
-        raise UserError(f"{path}, line {number}: {error}; each line must be one JSON object") from None
+        raise UserError(f"{path}, line {number}: {error}; each line must be one JSON object in UTF-8") from None
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
