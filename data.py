@@ -291,8 +291,7 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
 
     end = end_of_turn_id(tokenizer)
     # A template writes its own BOS; a plain string gets one where the tokenizer would add it, and never a second.
-    bos = tokenizer("a")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
-    bos = bos if bos == [tokenizer.bos_token_id] else []
+    bos = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     try:
         prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
     except Exception as error:  # of the template, such as "no system role", or of the tokenizer
