@@ -444,14 +444,12 @@ GRADERS = ("number", "text", "json", "option", "math")
 def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
     """`given`, or the dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one
     is an object or array, else text."""
-    truths = [row["groundtruth"] for row in rows]
-    options = [row.get("options") for row in rows]
-    if given == "option" and not all(isinstance(o, list) and all(isinstance(text, str) for text in o) for o in options):
+    truths, options = [row["groundtruth"] for row in rows], [row.get("options") for row in rows]
+    grader = given or DATASETS[name][1]
+    if grader == "option" and not all(isinstance(o, list) and all(isinstance(t, str) for t in o) for o in options):
         raise UserError("grader option: the rows have no column options, a list of texts; use another grader")
-    if given:
-        return given
-    if DATASETS[name][1]:
-        return DATASETS[name][1]
+    if grader:
+        return grader
     if all(re.fullmatch(r"[-−]?[\d,]*\.?\d+", truth.strip()) for truth in truths):
         return "number"
     return "json" if all(truth.strip()[:1] in ("{", "[") and extract_json(truth) for truth in truths) else "text"
