@@ -190,8 +190,9 @@ def generate(
 
     cache, prefilled = Cache(layers=[]), {}
     batch: list[int | None] = [None] * width  # the row in each slab row; None: free
-    extent = [0] * width  # tokens in the cache, which end at slot `length`
-    ahead: list[list[int]] = [[0]] * width  # the tokens to feed: the last one sampled, or of prompt⊕z⊕y what is left
+    owner = [prompts[row // num_samples] for row in range(rows)]  # the prompt of each row
+    extent = [len(prompt) - 1 for prompt in owner]  # its tokens in the cache, which end at slot `length`
+    ahead = [prompt[-1:] for prompt in owner]  # its tokens to feed: the last one sampled, or of prompt⊕z⊕y what is left
     waiting = list(range(rows))[::-1]  # the next row is the last
     out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
     ended = set()  # rows that have, and whose y is being scored
@@ -211,17 +212,16 @@ def generate(
 
     def prefill(chosen: list[int]) -> None:
         """Keys and values of prompts, padded on the left."""
-        longest = max(len(prompts[p]) for p in chosen)
-        ids, mask = (torch.zeros(len(chosen), longest, dtype=torch.long) for _ in range(2))
-        for i, p in enumerate(chosen):
-            ids[i, longest - len(prompts[p]):], mask[i, longest - len(prompts[p]):] = torch.tensor(prompts[p]), 1
+        pads = [max(len(prompts[p]) for p in chosen) - len(prompts[p]) for p in chosen]
+        ids = torch.tensor([[0] * pad + prompts[p] for pad, p in zip(pads, chosen)], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) >= torch.tensor(pads, device=device)[:, None]).long()
         own = Cache(layer_class_to_replicate=DynamicLayer)
-        model(input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=own, use_cache=True,
-              position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device), logits_to_keep=1)
+        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+              past_key_values=own, use_cache=True, logits_to_keep=1)
         if not cache.layers:
             cache.layers += [Slab(layer.keys, layer.values) for layer in own.layers]
-        for i, p in enumerate(chosen):
-            prefilled[p] = [x[i, :, :-1] for layer in own.layers for x in (layer.keys, layer.values)]
+        for i, (pad, p) in enumerate(zip(pads, chosen)):
+            prefilled[p] = [x[i, :, pad:-1] for layer in own.layers for x in (layer.keys, layer.values)]
 
     def end(slot: int) -> None:
         """The row in `slot` has its last token: go on with y, or leave."""
@@ -230,11 +230,11 @@ def generate(
             batch[slot] = None
             return
         n, y = continuations(row, out[row])
-        kept = prompts[row // num_samples] + out[row][:n]
-        surplus = extent[slot] - len(kept) + 1  # the last token is fed again, for the logits of y's first
+        kept = owner[row] + out[row][:n]
+        surplus = extent[row] - len(kept) + 1  # the last token is fed again, for the logits of y's first
         for slab in slabs() if surplus else ():
             slab[slot, :, surplus:length] = slab[slot, :, :length - surplus].clone()
-        extent[slot], ahead[slot] = len(kept) - 1, kept[-1:] + y
+        extent[row], ahead[row] = len(kept) - 1, kept[-1:] + y
         ended.add(row)
 
     def step(tokens, known, seen, at, heat, noise):
@@ -268,12 +268,11 @@ def generate(
             chosen = [(slot, waiting.pop()) for slot in free[:len(waiting)]]
             if new := sorted({row // num_samples for _, row in chosen} - set(prefilled)):
                 prefill(new)
-            align(max(length, *(len(prompts[row // num_samples]) - 1 for _, row in chosen)))
+            align(max(length, *(extent[row] for _, row in chosen)))
             for slot, row in chosen:
-                prompt = prompts[row // num_samples]
-                batch[slot], extent[slot], ahead[slot] = row, len(prompt) - 1, prompt[-1:]
+                batch[slot] = row
                 for slab, x in zip(slabs(), prefilled[row // num_samples]):
-                    slab[slot, :, length - extent[slot]:length] = x[:, x.shape[1] - extent[slot]:]
+                    slab[slot, :, length - extent[row]:length] = x
                 if (row + 1) % num_samples == 0:
                     del prefilled[row // num_samples]
                 if max_new_tokens == 0:
@@ -285,36 +284,37 @@ def generate(
         for slab in slabs() if holes else ():
             slab[holes, :, :length] = slab[movers, :, :length]
         for hole, mover in zip(holes, movers):
-            batch[hole], extent[hole], ahead[hole], batch[mover] = batch[mover], extent[mover], ahead[mover], None
+            batch[hole], batch[mover] = batch[mover], None
         if not live:
             continue
-        if length - max(extent[:live]) > slack:
-            align(max(extent[:live]))
+        longest = max(extent[row] for row in batch[:live])
+        if length - longest > slack:
+            align(longest)
 
         # A few steps without a look: feed a token of each row, sample or score the next. Where all rows are at their y,
         # one step feeds what they all have ahead, to 256 positions in all: their logits exist at once.
         fed, steps, run, n = 1, look_every, step, live
         if ended.issuperset(batch[:live]):
-            fed, steps = max(1, min(min(map(len, ahead[:live])) - 1, 256 // live)), 1
+            fed, steps = max(1, min(min(len(ahead[row]) for row in batch[:live]) - 1, 256 // live)), 1
         elif capture is not None:
-            run, n = replay, min(width, 1 << (live - 1).bit_length())  # free places are fed too, after nothing
-        now = batch[:n]
-        given = [(tokens + [-1] * steps)[1:steps * fed + 1] for tokens in ahead[:n]]
+            run, n = replay, min(width, 1 << (live - 1).bit_length())
+        now = batch[:live] + [0] * (n - live)  # free places are fed too, as row 0 after nothing
+        given = [(ahead[row] + [-1] * steps)[1:steps * fed + 1] for row in now]
         given = torch.tensor(given, device=device)  # (n, steps * fed), -1: to be sampled
-        tokens = torch.tensor([tokens[:fed] for tokens in ahead[:n]], device=device)  # (n, fed)
-        seen = torch.tensor(extent[:live] + [0] * (n - live), device=device)
+        tokens = torch.tensor([ahead[row][:fed] for row in now], device=device)  # (n, fed)
+        seen = torch.tensor([extent[row] for row in now[:live]] + [0] * (n - live), device=device)
         at = torch.arange(length, length + fed, device=device)
         # What is fed past a row's end, until the host looks, stays at its last position: a learned table ends there.
-        last = [extent[slot] + (len(ahead[slot]) - 1 if row in ended else max_new_tokens - len(out[row]))
-                for slot, row in enumerate(batch[:live])]
+        last = [extent[row] + (len(ahead[row]) - 1 if row in ended else max_new_tokens - len(out[row]))
+                for row in batch[:live]]
         last = torch.tensor(last + [0] * (n - live), device=device)  # (n,)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
         noise = torch.zeros(n, steps, dtype=torch.float64, device=device)
         if temperature > 0:
-            columns = [range(len(out[row or 0]), len(out[row or 0]) + steps) for row in now]
+            columns = [range(len(out[row]), len(out[row]) + steps) for row in now]
             columns = torch.tensor(columns, device=device).clamp(max=max_new_tokens - 1)
-            noise = uniforms[torch.tensor([row or 0 for row in now], device=device)[:, None], columns].double()
+            noise = uniforms[torch.tensor(now, device=device)[:, None], columns].double()
         drawn, picked = [], []
         for i in range(steps):
             visible = slots if run is replay else length + fed
@@ -326,15 +326,15 @@ def generate(
         # Look.
         drawn, picked = torch.cat(drawn, 1).tolist(), torch.cat(picked, 1).tolist()
         for slot, row in enumerate(now[:live]):
-            extent[slot] += steps * fed
+            extent[row] += steps * fed
             if row in ended:
-                known = min(steps * fed, len(ahead[slot]) - 1)
+                known = min(steps * fed, len(ahead[row]) - 1)
                 scored[row] += picked[slot][:known]
-                ahead[slot] = ahead[slot][known:]
-                if len(ahead[slot]) == 1:
+                ahead[row] = ahead[row][known:]
+                if len(ahead[row]) == 1:
                     batch[slot] = None
                 continue
-            ahead[slot] = drawn[slot][-1:]
+            ahead[row] = drawn[slot][-1:]
             for token, logprob in zip(drawn[slot], picked[slot]):
                 out[row].append(token)
                 logprobs[row].append(logprob)
