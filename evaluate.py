@@ -196,7 +196,8 @@ def generate(
     waiting = list(range(rows))[::-1]  # the next row is the last
     out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
     ended = set()  # rows that have, and whose y is being scored
-    uniforms = None if uniforms is None else uniforms.to(device)
+    uniforms = torch.zeros(rows, max_new_tokens) if temperature == 0 else uniforms
+    uniforms = nn.functional.pad(uniforms.to(device), (0, look_every))  # for what is sampled past an end
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
 
     def slabs():
@@ -213,11 +214,11 @@ def generate(
     def prefill(chosen: list[int]) -> None:
         """Keys and values of prompts, padded on the left."""
         pads = [max(len(prompts[p]) for p in chosen) - len(prompts[p]) for p in chosen]
-        ids = torch.tensor([[0] * pad + prompts[p] for pad, p in zip(pads, chosen)], device=device)
-        mask = (torch.arange(ids.shape[1], device=device) >= torch.tensor(pads, device=device)[:, None]).long()
+        ids = torch.tensor([[0] * pad + prompts[p] for pad, p in zip(pads, chosen)], device=device)  # (n, T)
+        at = torch.arange(ids.shape[1], device=device) - torch.tensor(pads, device=device)[:, None]  # below 0: padding
         own = Cache(layer_class_to_replicate=DynamicLayer)
-        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-              past_key_values=own, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, attention_mask=at >= 0, position_ids=at.clamp(min=0), past_key_values=own, use_cache=True,
+              logits_to_keep=1)
         if not cache.layers:
             cache.layers += [Slab(layer.keys, layer.values) for layer in own.layers]
         for i, (pad, p) in enumerate(zip(pads, chosen)):
@@ -299,9 +300,9 @@ def generate(
         elif capture is not None:
             run, n = replay, min(width, 1 << (live - 1).bit_length())
         now = batch[:live] + [0] * (n - live)  # free places are fed too, as row 0 after nothing
-        given = [(ahead[row] + [-1] * steps)[1:steps * fed + 1] for row in now]
-        given = torch.tensor(given, device=device)  # (n, steps * fed), -1: to be sampled
-        tokens = torch.tensor([ahead[row][:fed] for row in now], device=device)  # (n, fed)
+        given = [(ahead[row] + [-1] * steps)[:steps * fed + 1] for row in now]
+        given = torch.tensor(given, device=device)  # (n, steps * fed + 1), -1: to be sampled
+        tokens = given[:, :fed]
         seen = torch.tensor([extent[row] for row in now[:live]] + [0] * (n - live), device=device)
         at = torch.arange(length, length + fed, device=device)
         # What is fed past a row's end, until the host looks, stays at its last position: a learned table ends there.
@@ -310,15 +311,12 @@ def generate(
         last = torch.tensor(last + [0] * (n - live), device=device)  # (n,)
         heat = [1.0 if row in ended else temperature or 1.0 for row in now]
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
-        noise = torch.zeros(n, steps, dtype=torch.float64, device=device)
-        if temperature > 0:
-            columns = [range(len(out[row]), len(out[row]) + steps) for row in now]
-            columns = torch.tensor(columns, device=device).clamp(max=max_new_tokens - 1)
-            noise = uniforms[torch.tensor(now, device=device)[:, None], columns].double()
+        columns = torch.tensor([range(len(out[row]), len(out[row]) + steps) for row in now], device=device)
+        noise = uniforms[torch.tensor(now, device=device)[:, None], columns]  # (n, steps)
         drawn, picked = [], []
         for i in range(steps):
             visible = slots if run is replay else length + fed
-            tokens, logprobs_now = run(tokens, given[:, i:i + fed], seen, at, heat, noise[:, i:i + 1])
+            tokens, logprobs_now = run(tokens, given[:, i + 1:i + 1 + fed], seen, at, heat, noise[:, i:i + 1])
             seen, at, length = (seen + fed).minimum(last), at + fed, length + fed
             drawn.append(tokens)
             picked.append(logprobs_now)
