@@ -566,8 +566,8 @@ def print_results(results: dict[str, dict], shown: int = 2) -> None:
 
 def print_rollouts(path: str) -> None:
     """Of the last step in a samples.jsonl, the rollouts with the highest and the lowest advantage."""
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]  # a line cut short is still being written
+    with open(path, "rb") as file:
+        rows = [json.loads(line) for line in file if line.endswith(b"\n")]  # a line cut short is still being written
     last = [row for row in rows if row["step"] == rows[-1]["step"] and row["advantage"] is not None]
     if not last:  # no step yet, or a reward that is not finite
         return

@@ -613,16 +613,14 @@ def trim(path: str, step: int) -> None:
     """Drop the rows of a JSONL file that came after the checkpoint of `step`: it is written before that evaluation."""
     if not os.path.exists(path):
         return
-    kept = []
-    with open(path, encoding="utf-8") as file:
+    kept = 0  # bytes
+    with open(path, "r+b") as file:
         for line in file:
-            row = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # a line cut short is the last
+            row = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a line cut short is the last
             if row["step"] > step or "split" in row and row["step"] == step:
                 break
-            kept.append(line)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(path + ".partial", path)
+            kept += len(line)
+        file.truncate(kept)
 
 
 def write_config(path: str, config: Config) -> None:

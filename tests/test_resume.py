@@ -157,6 +157,17 @@ def test_told_to_stop_in_the_last_evaluation(folder, tmp_path, monkeypatch, caps
     assert os.path.exists("runs/x/evaluation-best.json")
 
 
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    """And what a kill left of a last line, cut within a character."""
+    path = tmp_path / "samples.jsonl"
+    lines = [f'{{"step": {step}{rest}, "query": "⊕"}}\n'.encode() for step, rest in ((0, ', "split": ""'), (1, ""), (2, ""), (
+        2, ', "split": ""'), (3, ""))]
+    for kept, step in ((0, 0), (2, 1), (3, 2), (5, 3)):
+        path.write_bytes(b"".join(lines) + '{"step": 4, "query": "⊕'.encode()[:-1])
+        latro.trim(str(path), step)
+        assert path.read_bytes() == b"".join(lines[:kept])
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
     script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8, "--num_evaluations", 1,

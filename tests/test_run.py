@@ -132,10 +132,11 @@ def test_rollouts_with_the_highest_and_the_lowest_advantage(tmp_path, capsys):
     row = {"query": "x " * 80 + "Where is\nit?", "response": " The answer is 1.<eos>", "reward": -0.5, "finished": True}
     shown = [(1, 9.0, "an earlier step"), (2, -1.25, "worst"), (2, 0.5, "between"), (2, None, "not a number"), (2, 0.75, "best")]
     path = tmp_path / "samples.jsonl"
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         for step, advantage, rationale in shown:
-            file.write(json.dumps(row | {"step": step, "advantage": advantage, "rationale": rationale}) + "\n")
-        file.write('{"step": 3, "adv')  # a run that is still writing
+            line = json.dumps(row | {"step": step, "advantage": advantage, "rationale": rationale}) + "\n"
+            file.write(line.encode())
+        file.write('{"step": 3, "query": "⊕'.encode()[:-1])  # a run that is still writing, a character even
     evaluate.print_rollouts(str(path))
     printed = capsys.readouterr().out
     assert printed == f"""  Step 2, of 3 logged rollouts:
