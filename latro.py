@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (DATASETS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
-                  make_examples)
+                  make_examples, read_jsonl)
 from evaluate import (Common, Parser, Scorer, check_range, context_left, evaluate, gather, generate, init_distributed,
                       key, load_model, on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, stop_token_ids,
                       truncate, uniform_rows, world_size)
@@ -659,24 +659,21 @@ def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Ten
 def draw_curves(directory: str) -> None:
     """curves.png from metrics.jsonl: reward, accuracy, rationale length and KL against the step."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot, which would look for a screen and keep every figure
     except ImportError:
         return print("curves.png needs the package matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    steps = [row for row in rows if "reward" in row]
-    evaluations = [row for row in rows if row.get("split") == "validation"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
+    rows = read_jsonl(os.path.join(directory, "metrics.jsonl"))
+    curves = [([row for row in rows if "split" not in row], "C0-", "rollouts"),
+              ([row for row in rows if "split" in row], "C1o-", "greedy, validation")]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     panels = [("reward", "reward per rollout"), ("accuracy", "greedy accuracy, validation"),
               ("rationale_length", "rationale length, tokens"), ("kl", "KL to the starting point, nats")]
     for axis, (name, title) in zip(axes.flat, panels):
-        for shown, style, label in ((steps, "-", "rollouts"), (evaluations, "o-", "greedy, validation")):
+        for shown, style, label in curves:
             points = [(row["step"], row[name]) for row in shown if name in row]
             if points:
-                axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label,
-                          color="tab:blue" if shown is steps else "tab:orange")
+                axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 1].set_ylim(-0.02, 1.02)
@@ -685,7 +682,6 @@ def draw_curves(directory: str) -> None:
         axis.set_xlabel("step")
     figure.suptitle(os.path.basename(directory), fontsize=10)
     figure.savefig(os.path.join(directory, "curves.png"), dpi=130)
-    pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
