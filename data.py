@@ -106,9 +106,8 @@ def cups_base(split: str, path: str | None = None) -> list[dict]:
 
 
 def _cups(count: int, seed: str) -> list[dict]:
-    rng, rows, held_out = random.Random(f"cups {seed}"), [], set()
-    if seed != "test":
-        held_out = {row["queries"] for row in _cups(500, "test")}
+    rng, rows = random.Random(f"cups {seed}"), []
+    held_out = {row["queries"] for row in _cups(500, "test")} if seed != "test" else ()
     while len(rows) < count:
         ball = start = rng.randint(1, 5)
         swaps = [sorted(rng.sample(range(1, 6), 2)) for _ in range(6)]
