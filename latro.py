@@ -638,13 +638,11 @@ def write_config(path: str, config: Config) -> None:
 
 def append(path: str, rows: list[dict]) -> None:
     """Append rows to a JSONL file; a number that is not finite is null, as JSON has it."""
-    def clean(value):
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     if rank() == 0:
         with open(path, "a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({k: clean(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
+                row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def sample_rows(step: int, rollouts: list[Rollout], figures: dict[str, torch.Tensor], decode) -> list[dict]:
