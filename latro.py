@@ -239,26 +239,23 @@ def score(scorer: nn.Module, rollouts: list[Rollout], temperature: float, device
     (B, 2), d loss / d of the result, the weights' gradients of the loss are added up too.
     """
     sequences = [r.ids if answers else (r.ids[:len(r.example.prompt) + len(r.actions)]) for r in rollouts]
-    ids = torch.zeros(len(rollouts), max(map(len, sequences)), dtype=torch.long)  # (B, T)
-    rows, columns, targets, kinds = [], [], [], []
-    for i, (rollout, sequence) in enumerate(zip(rollouts, sequences)):
-        ids[i, :len(sequence)] = torch.tensor(sequence)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)  # (B, T)
+    cells, columns, targets = [], [], []  # of each scored token; cell 2i + j is where result (i, j) adds up
+    for i, rollout in enumerate(rollouts):
         start = len(rollout.example.prompt)
         for kind, (begin, tokens) in enumerate([(start, rollout.actions),
                                                 (start + len(rollout.rationale), rollout.answer if answers else [])]):
-            rows += [i] * len(tokens)
+            cells += [2 * i + kind] * len(tokens)
             columns += range(begin, begin + len(tokens))
             targets += tokens
-            kinds += [kind] * len(tokens)
-    rows, columns, targets, kinds = (torch.tensor(x, device=device) for x in (rows, columns, targets, kinds))
-    heat = None if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kinds]
-    where = 2 * rows + kinds  # (N,), of a token's sum
+    cells, columns, targets = (torch.tensor(x, device=device) for x in (cells, columns, targets))  # (N,)
+    heat = None if temperature == 1 else torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[cells % 2]
     if slopes is None:
-        logprobs = scorer(ids.to(device), rows, columns, targets, heat)  # (N,)
+        logprobs = scorer(ids, cells // 2, columns, targets, heat)  # (N,)
     else:
-        logprobs, rest = scorer(ids.to(device), rows, columns, targets, heat, slopes.to(device).flatten()[where])
+        logprobs, rest = scorer(ids, cells // 2, columns, targets, heat, slopes.to(device).flatten()[cells])
         rest.backward()
-    sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, where, logprobs)
+    sums = logprobs.new_zeros(2 * len(rollouts)).index_add(0, cells, logprobs)
     return sums.view(-1, 2), ids.numel()
 
 
