@@ -615,15 +615,14 @@ def parse(cls: type, argv: list[str], doc: str, below: dict | None = None):
 
     parser = Parser(description=doc, allow_abbrev=False, usage="%(prog)s [--key value ...]",
                     formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=120))
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields, defaults = {field.name: field for field in dataclasses.fields(cls)}, vars(cls())
     for name, field in fields.items():
-        default = getattr(cls(), name)
         parser.add_argument(f"--{name}", type=converter(field), choices=field.metadata["choices"], metavar="",
-                            default=default, nargs="*" if isinstance(default, list) else None,
-                            help=f"{field.metadata['help']} [{default}]".replace("%", "%%"))
+                            default=defaults[name], nargs="*" if isinstance(defaults[name], list) else None,
+                            help=f"{field.metadata['help']} [{defaults[name]}]".replace("%", "%%"))
     words = []
     for name, value in (below or {}).items():
-        if isinstance(value, list | None) and name in fields and isinstance(getattr(cls(), name), list):
+        if isinstance(value, list | None) and isinstance(defaults.get(name), list):
             parser.set_defaults(**{name: [str(item) for item in value or []]})  # as words they could be taken for flags
         else:
             words.append(f"--{name}={value}")
