@@ -735,17 +735,17 @@ class Settings(Common):
             raise UserError(f"out {self.out}: " + ("no such folder" if self.model else "needs --model"))
 
 
-def read_run(folder: str) -> dict | None:
-    """The settings of the run in a folder, or None where it holds none."""
+def read_run(folder: str) -> dict:
+    """The settings of the run in a folder; empty where it holds none."""
     path = os.path.join(folder, "config.yaml")
     settings = read_yaml(path) if os.path.exists(path) else {}
-    return settings if "model_name_or_path" in settings else None
+    return settings if "model_name_or_path" in settings else {}
 
 
 def newest_run() -> str:
     """The newest run under runs/ that holds a trained model; the making of the embedded base does not count."""
     runs = [os.path.dirname(os.path.dirname(path)) for path in glob.glob("runs/*/best/config.json")]
-    runs = [run for run in runs if (read_run(run) or {}).get("model_name_or_path") not in (None, "embedded")]
+    runs = [run for run in runs if read_run(run).get("model_name_or_path", "embedded") != "embedded"]
     if not runs:
         raise UserError("no trained run under runs/; train one with `python latro.py`, or name a model with --model")
     return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "config.yaml")))
@@ -755,7 +755,7 @@ def main(argv: list[str], run: str | None = None) -> None:
     """Evaluate --model, or the base beside the best model of `run`; write the JSON of each and print the table."""
     s = parse(Settings, argv, __doc__)
     run = os.path.dirname(os.path.normpath(s.model)) if s.model else run or newest_run()
-    config = read_run(run) or {}
+    config = read_run(run)
     other = s.dataset_name not in (None, config.get("dataset_name"))  # then the run's data is not meant
     skipped = {"seed", *(["dataset_path", "grader"] if other else [])}
     known = {field.name for field in dataclasses.fields(Settings)} - skipped
