@@ -58,23 +58,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_model(path: str, compute: torch.dtype, device: torch.device | str = "cpu", attn_implementation: str = "auto",
-               trust_remote_code: bool = False, own_dtype: bool = False):
-    """(model, tokenizer) of a folder or hub id, for arithmetic in `compute`; weights in that dtype, or in their own.
+def load_model(path: str, dtype: torch.dtype | str, device: torch.device | str = "cpu",
+               attn_implementation: str = "auto", trust_remote_code: bool = False):
+    """(model, tokenizer) of a folder or hub id, its weights in `dtype`; "auto": in their own.
 
     UserError where either cannot be loaded or they do not fit together.
     """
-    if attn_implementation == "auto":
-        attn_implementation = None  # transformers chooses: SDPA, or eager for the few models without
     looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
     if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
         made = "; `python latro.py` makes it" if path.endswith("cups-base/final") else ""
         raise UserError(f"model {path}: no such folder{made}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        attention = None if attn_implementation == "auto" else attn_implementation  # None: SDPA, or eager
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if own_dtype else compute, attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True)
+            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+            use_safetensors=True, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     except Exception as error:  # transformers raises dozens of types: no network, no config, a broken file, no access

@@ -935,8 +935,8 @@ def main(argv: list[str]) -> None:
     base = os.path.normpath(config.model_name_or_path)
     if base.endswith(os.path.join("cups-base", "final")) and not on_rank_0(lambda: os.path.exists(base)):
         make_embedded_base(os.path.dirname(base), device)
-    model, tokenizer = load_model(config.model_name_or_path, resolve_dtype(config.dtype, device), device,
-                                  config.attn_implementation, config.trust_remote_code, own_dtype=True)
+    model, tokenizer = load_model(config.model_name_or_path, "auto", device, config.attn_implementation,
+                                  config.trust_remote_code)
     examples, grader = load_examples(config, model, tokenizer)
     check_head(model, examples["train"][0].prompt)
     if world_size() % (config.shard_size or 1):

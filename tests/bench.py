@@ -136,7 +136,7 @@ class Side:
 
 def our_side(path: str, dtype: torch.dtype, device) -> Side:
     """As latro.train has it: float32 weights, arithmetic in `dtype`."""
-    model, tokenizer = load_model(path, dtype, device, own_dtype=True)
+    model, tokenizer = load_model(path, "auto", device)
     config = latro.Config(dtype=str(dtype).removeprefix("torch."))
     return Side(*latro.set_out(model, config, device), tokenizer, device)
 
