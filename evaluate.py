@@ -312,16 +312,14 @@ def generate(
         heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
         columns = torch.tensor([range(len(out[row]), len(out[row]) + steps) for row in now], device=device)
         noise = uniforms[torch.tensor(now, device=device)[:, None], columns]  # (n, steps)
-        drawn, picked = [], []
+        results = []  # of each step: tokens and their log-probabilities, (n, fed)
         for i in range(steps):
             visible = slots if run is replay else length + fed
-            tokens, logprobs_now = run(tokens, given[:, i + 1:i + 1 + fed], seen, at, heat, noise[:, i:i + 1])
-            seen, at, length = (seen + fed).minimum(last), at + fed, length + fed
-            drawn.append(tokens)
-            picked.append(logprobs_now)
+            results.append(run(tokens, given[:, i + 1:i + 1 + fed], seen, at, heat, noise[:, i:i + 1]))
+            tokens, seen, at, length = results[-1][0], (seen + fed).minimum(last), at + fed, length + fed
 
         # Look.
-        drawn, picked = torch.cat(drawn, 1).tolist(), torch.cat(picked, 1).tolist()
+        drawn, picked = (torch.cat(x, 1).tolist() for x in zip(*results))
         for slot, row in enumerate(now[:live]):
             extent[row] += steps * fed
             if row in ended:
