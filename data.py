@@ -1,6 +1,6 @@
 """What is asked: datasets, prompts, tokenised examples, answer extraction and grading.
 
-A dataset is one function that returns rows and one entry in DATASETS. A row is a dict with the paper's columns:
+A dataset is one function that returns or yields rows and one entry in DATASETS. A row has the paper's columns:
 
     queries      the question with its chain-of-thought trigger: a list of chat messages, which goes through the model's
                  chat template, or a string, which is taken as it is
@@ -18,7 +18,7 @@ import os
 import random
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -88,7 +88,7 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Datasets: each function returns the rows of one split, "train" or "test"
+# Datasets: each function returns or yields the rows of one split, "train" or "test"
 # ---------------------------------------------------------------------------------------------------------------------
 def cups(split: str, path: str | None = None) -> list[dict]:
     """The embedded default: a ball under one of 5 cups, 6 swaps; where is it? Questions and answers only."""
@@ -123,10 +123,10 @@ def _cups(count: int, seed: str) -> list[dict]:
     return rows
 
 
-def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
+def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> Iterator[dict]:
     """GSM8K (Cobbe et al. 2021) with the paper's prompt (Appendix B, Figure 5); few_shot puts the first of the eight
     worked examples of Wei et al. (2022, Table 20) in front of the question instead."""
-    here, rows = os.path.dirname(os.path.abspath(__file__)), []
+    here = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(here, "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
         shots = file.read().strip().split("\n\n")
     for raw in raw_rows("openai/gsm8k", split, path, ("main",)):
@@ -135,38 +135,32 @@ def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
         prompt = f"{question} Let's think step by step."
         if few_shot:
             prompt = "\n\n".join([*shots[:few_shot], f"Q: {question}\nA:"])
-        rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.", "groundtruth": answer,
-                     "rationales": re.sub(r"<<.*?>>", "", rationale)})  # <<48/2=24>> are calculator notes
-    return rows
+        yield {"queries": user(prompt), "responses": f"The answer is {answer}.", "groundtruth": answer,
+               "rationales": re.sub(r"<<.*?>>", "", rationale)}  # <<48/2=24>> are calculator notes
 
 
-def arc_challenge(split: str, path: str | None = None, template: str = ARC_COT) -> list[dict]:
+def arc_challenge(split: str, path: str | None = None, template: str = ARC_COT) -> Iterator[dict]:
     """ARC-Challenge (Clark et al. 2018) with the paper's chain-of-thought prompt (Appendix B, Figure 6)."""
-    rows = []
     for raw in raw_rows("allenai/ai2_arc", split, path, ("ARC-Challenge",)):
         choices, label = column(raw, "choices", path), column(raw, "answerKey", path)
         answer = dict(zip(choices["label"], choices["text"])).get(label)
         if answer is None:
             raise UserError(f"{path or 'dataset'}: answerKey {label!r} is none of the labels {choices['label']}")
         prompt = template.format(question=column(raw, "question", path), options=choices["text"])
-        rows.append({"queries": user(prompt), "responses": f"The answer is {answer}.",
-                     "groundtruth": answer, "options": choices["text"]})
-    return rows
+        yield {"queries": user(prompt), "responses": f"The answer is {answer}.",
+               "groundtruth": answer, "options": choices["text"]}
 
 
-def math(split: str, path: str | None = None) -> list[dict]:
+def math(split: str, path: str | None = None) -> Iterator[dict]:
     """MATH (Hendrycks et al. 2021); the answer is what the solution's last \\boxed{} holds."""
     subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                 "prealgebra", "precalculus")
-    rows = []
     for raw in raw_rows("EleutherAI/hendrycks_math", split, path, subjects):
         solution = column(raw, "solution", path)
         answer = last_boxed(solution)
         if answer is not None:
-            rows.append({"queries": user(f"{column(raw, 'problem', path)} Let's think step by step."),
-                         "responses": f"The answer is ${answer}$.", "groundtruth": answer,
-                         "rationales": solution + "\n"})
-    return rows
+            yield {"queries": user(f"{column(raw, 'problem', path)} Let's think step by step."),
+                   "responses": f"The answer is ${answer}$.", "groundtruth": answer, "rationales": solution + "\n"}
 
 
 def jsonl(split: str, path: str | None = None) -> list[dict]:
@@ -228,7 +222,7 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
     if few_shot and (name != "gsm8k" or few_shot not in range(9)):
         raise UserError(f"few_shot {few_shot}: gsm8k has 8 worked examples, the other datasets none")
     options = {"few_shot": few_shot} if few_shot else {}
-    rows = DATASETS[name][0]("test" if split == "test" else "train", path, **options)
+    rows = list(DATASETS[name][0]("test" if split == "test" else "train", path, **options))
     if split in ("train", "validation"):
         if len(rows) < 2:
             raise UserError(f"dataset {name}: {len(rows)} training rows; at least 2 are needed, one to validate on")
