@@ -623,13 +623,10 @@ def trim(path: str, step: int) -> None:
 def write_config(path: str, config: Config) -> None:
     """Every key as used; as comments, what ran it. The file can be given back to --config, with another run_name."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git on this machine
-        commit = "unknown"
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, "
-                   f"Python {platform.python_version()}, {world_size()} ranks, commit {commit}\n")
+                   f"Python {platform.python_version()}, {world_size()} ranks, commit {commit or 'unknown'}\n")
         yaml.safe_dump(dataclasses.asdict(config), file, sort_keys=False, allow_unicode=True)
 
 
