@@ -56,6 +56,7 @@ def read_jsonl(path: str) -> list[dict]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     rows.append(json.loads(line))
+                    json.dumps(rows[-1], ensure_ascii=False).encode()  # half a surrogate pair could not be written out
                     if not isinstance(rows[-1], dict):
                         raise ValueError("not a JSON object")
     except OSError as error:

@@ -705,7 +705,7 @@ class Common:
     per_device_eval_batch_size: int = key(64, "rows decoded together in evaluation")
     dtype: str = key("auto", "of the arithmetic; auto: bfloat16 where the GPU or CPU has it, else float32",
                      ("auto", "float32", "bfloat16"))
-    attn_implementation: str = key("auto", "auto: the model's own; on a GPU training's passes take flash-attn")
+    attn_implementation: str = key("auto", "auto: the model's own, and in training's passes an installed flash-attn")
     trust_remote_code: bool = key(False, "run the model repository's own Python code")
     seed: int = key(0, "of sampling and, in training, of the data's order")
 

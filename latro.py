@@ -18,7 +18,6 @@ with a probability, and z is scored as the ids that were sampled, at the tempera
 import copy
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.util
 import json
@@ -26,6 +25,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -558,9 +558,7 @@ def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: i
             json.dump(state | {"sha256": sums}, file)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        found = checkpoints(folder)
-        place = found.index(final)  # what is newer was left behind by a run that went back to an older checkpoint
-        for old in found[:place] + found[place + keep:]:
+        for old in checkpoints(folder)[keep:]:
             shutil.rmtree(old)
 
     on_rank_0(publish)
@@ -568,8 +566,9 @@ def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: i
 
 def checkpoints(folder: str) -> list[str]:
     """The step-N folders of a run's checkpoints/, the newest first."""
-    steps = [os.path.basename(path)[5:] for path in glob.glob(os.path.join(folder, "step-*"))]
-    return [os.path.join(folder, f"step-{n}") for n in sorted((int(n) for n in steps if n.isdigit()), reverse=True)]
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [name for name in names if re.fullmatch("step-[1-9][0-9]*", name)]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: -int(name[5:]))]
 
 
 def read_checkpoint(path: str) -> dict | None:
@@ -606,18 +605,36 @@ def find_checkpoint(config: Config, directory: str) -> tuple[str | None, dict]:
     return None, {"step": 0, "consumed": 0, "best": 0.0, "skipped_in_a_row": 0}
 
 
-def trim(path: str, step: int) -> None:
-    """Drop the rows of a JSONL file that came after the checkpoint of `step`: it is written before that evaluation."""
+def trim(path: str, step: int) -> bool:
+    """Drop the rows of a JSONL file that came after the checkpoint of `step`: it is written before that evaluation.
+    Returns whether that one was among them."""
     if not os.path.exists(path):
-        return
-    kept = 0  # bytes
+        return False
+    kept, evaluated = 0, False  # bytes
     with open(path, "r+b") as file:
         for line in file:
             row = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a line cut short is the last
-            if row["step"] > step or "split" in row and row["step"] == step:
+            if evaluated := "split" in row and row["step"] == step:
+                break
+            if row["step"] > step:
                 break
             kept += len(line)
         file.truncate(kept)
+    return evaluated
+
+
+def rewind(directory: str, step: int) -> bool:
+    """Take a run's files back to the checkpoint of `step`: what came later goes, its end too, or `latest` would go on
+    from there. Returns whether that step had been evaluated."""
+    for path in checkpoints(os.path.join(directory, "checkpoints")):
+        if int(path.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(os.path.join(directory, "final"), ignore_errors=True)
+    for path in (os.path.join(directory, f"evaluation-{name}.json") for name in ("base", "best")):
+        if os.path.exists(path):
+            os.remove(path)
+    trim(os.path.join(directory, "samples.jsonl"), step)
+    return trim(os.path.join(directory, "metrics.jsonl"), step)
 
 
 def write_config(path: str, config: Config) -> None:
@@ -732,7 +749,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     total_steps = config.total_steps(count, world_size(), state["step"], state["consumed"])
     evaluate_at = {round(i * total_steps / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     metrics_path, samples_path = (os.path.join(directory, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    on_rank_0(lambda: (trim(metrics_path, state["step"]), trim(samples_path, state["step"])))
+    if on_rank_0(lambda: rewind(directory, state["step"])):
+        evaluate_at.add(state["step"])  # again, though another number of ranks moves the others: best/ may be its model
     log = start_wandb(config, directory)
     bar = tqdm(total=total_steps, initial=state["step"], desc=config.objective, unit="step", disable=rank() > 0)
 
@@ -819,7 +837,8 @@ def make_directory(config: Config) -> str:
     directory, number = os.path.join(config.output_dir, name), 1
     while config.run_name is None and os.path.exists(directory):
         directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
-    continued = (config.checkpoint_path or "").startswith(("latest", os.path.join(directory, "")))
+    path, own = config.checkpoint_path or "", os.path.join(os.path.abspath(directory), "")
+    continued = path == "latest" or os.path.abspath(path).startswith(own)
     if os.path.exists(os.path.join(directory, "config.yaml")) and not continued:
         raise UserError(f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
                         "--checkpoint_path latest")

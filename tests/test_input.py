@@ -113,7 +113,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "empty_query.jsonl", "row 2: column queries is empty"), (JSONL + "number_answer.jsonl", "row 2: column responses"),
     (JSONL + "bad_messages.jsonl", "row 2: column queries"), (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
     (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"), (JSONL + "latin.jsonl", "UTF-8"),
-    (JSONL + "surrogate.jsonl", "queries: .* refuses"), (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
+    (JSONL + "surrogate.jsonl", "line 20: .*surrogates"), (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
     (JSONL + "no_tokens.jsonl", "queries: .* has no tokens"), (JSONL + "options.jsonl --grader option", "grader option"),
     (JSONL + "long_rationale.jsonl --objective sft", "a prompt, its rationale and its answer take 2.. tokens"),
     (JSONL + "nothing", "nothing"), ("--dataset_name gsm8k --dataset_path gsm", "no column (question|answer)"),

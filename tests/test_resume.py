@@ -90,37 +90,45 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
 
 
 BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true", "--rloo_k", "2",
-             "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8", "--num_evaluations", "1", "--save_steps", "1",
+             "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8", "--num_evaluations", "2", "--save_steps", "1",
              "--save_total_limit", "99", "--dtype", "float32")
 
 
 def test_a_run_by_epochs_continues_with_another_batch(folder, tmp_path, monkeypatch):
-    """As on another number of ranks: it ends after as many prompts, and the learning rate goes on where it was."""
+    """As on another number of ranks: it ends after as many prompts, the learning rate goes on where it was, and the step
+    whose evaluation was cut off is evaluated again."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
     for accumulation in ("2", "4"):  # 4 prompts a step, then 8
-        latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "latest", "--gradient_accumulation_steps", accumulation])
+        latro.main([*BY_EPOCHS, "--run_name", "x[1]", "--checkpoint_path", "latest", "--gradient_accumulation_steps", accumulation])
         if accumulation == "2":
-            assert len(latro.checkpoints("runs/x/checkpoints")) == 12
-            for path in ["runs/x/final", "runs/x/best", *latro.checkpoints("runs/x/checkpoints")[:6]]:
+            assert len(latro.checkpoints("runs/x[1]/checkpoints")) == 12
+            for path in ["runs/x[1]/final", *latro.checkpoints("runs/x[1]/checkpoints")[:6]]:
                 shutil.rmtree(path)
-            os.remove("runs/x/evaluation-best.json")
-    steps = [row for row in rows("runs/x/metrics.jsonl") if "reward" in row]
+    metrics = rows("runs/x[1]/metrics.jsonl")
+    assert [row["step"] for row in metrics if "split" in row] == [0, 6, 9]
+    steps = [row for row in metrics if "reward" in row]
     ends = [row["epoch"] for row in steps]
     assert ends == [i / 4 for i in range(1, 7)] + [2.0, 2.5, 3.0]
     assert [row["lr"] for row in steps] == pytest.approx([1e-4 * (1 - begin / 3) for begin in [0, *ends[:-1]]])
 
 
 def test_going_on_from_a_chosen_checkpoint(folder, tmp_path, monkeypatch):
-    """Back in the same run: what is newer goes. In another run: it gets a best model of its own, though nothing beats the
-    first run's, and also where no step is left. A copy that a user made is no checkpoint."""
+    """Back in the same run: what came later goes at once, its end too. In another run: it gets a best model of its own,
+    though nothing beats the first run's, and also where no step is left. A copy that a user made is no checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
     latro.main([*BY_EPOCHS, "--run_name", "x", "--max_steps", "4"])
     shutil.copytree("runs/x/checkpoints/step-1", "runs/x/checkpoints/step-1-copy")
-    latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "runs/x/checkpoints/step-2", "--max_steps", "3",
-                "--save_total_limit", "2"])
+    back = [*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "./runs/x/checkpoints/step-2", "--max_steps", "3"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(latro, "update", lambda *arguments: 1 / 0)
+        latro.main(back)
+    assert sorted(os.listdir("runs/x/checkpoints")) == ["step-1", "step-1-copy", "step-2"]
+    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "samples.jsonl"]
+    latro.main([*back, "--save_total_limit", "2"])
     assert sorted(os.listdir("runs/x/checkpoints")) == ["step-1-copy", "step-2", "step-3"]
+    assert [row["step"] for row in rows("runs/x/metrics.jsonl")] == [0, 1, 2, 2, 3, 3] and os.path.exists("runs/x/final")
     state = json.load(open("runs/x/checkpoints/step-3/state.json"))
     json.dump(state | {"best": 2.0}, open("runs/x/checkpoints/step-3/state.json", "w"))
     for name, steps in (("y", "4"), ("z", "2")):
