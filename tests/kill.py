@@ -27,12 +27,20 @@ def start(folder, name, ranks=1):
                                 stdout=log, stderr=log, start_new_session=True)
 
 
+def family(pid):
+    """A process and all that it started, as Linux knows them: torchrun's workers have sessions of their own."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    children = open(path).read().split() if os.path.exists(path) else []
+    return [pid, *(other for child in children for other in family(int(child)))]
+
+
 def kill(process, number=signal.SIGKILL):
-    """The signal to every process of the session, as a machine that goes down would."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
+    """The signal to every process of a run, as a machine that goes down would."""
+    for pid in family(process.pid):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
 
 
 def remains(run):
