@@ -268,15 +268,15 @@ def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
     passes are collective."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     n, longest, fewest = len(order), max(lengths), math.ceil(len(lengths) / size)
+    reach = [min(n, begin + size * longest // lengths[i]) for begin, i in enumerate(order)] + [n]  # the ends of groups
     tables = [{0: (0, 0)}]  # by number of groups, best cuts of order[:end]: {end: (positions, begin of the last group)}
 
     def positions(count: int) -> int:  # of the best cut into `count` groups
         while len(tables) <= count:
             best: dict[int, tuple[int, int]] = {}
             for begin, (before, _) in tables[-1].items():
-                width = lengths[order[begin]] if begin < n else longest
-                for end in range(begin + 1, min(n, begin + size * longest // width) + 1):
-                    new = before + (end - begin) * width, begin
+                for end in range(begin + 1, reach[begin] + 1):
+                    new = before + (end - begin) * lengths[order[begin]], begin
                     best[end] = min(best.get(end, new), new)
             tables.append(best)
         return tables[count][n][0]
@@ -284,7 +284,7 @@ def micro_batches(lengths: list[int], size: int) -> list[list[int]]:
     most = min(2 * fewest, n)
     count = next((count for count in range(fewest, most) if positions(count) <= 1.08 * sum(lengths)), most)
     count = max(gather([count]))
-    positions(count)
+    positions(count)  # another rank may ask for more groups than were tried here
     groups, end = [], n
     for table in tables[count:0:-1]:
         groups.append(order[table[end][1]:end])
@@ -614,9 +614,8 @@ def trim(path: str, step: int) -> bool:
     with open(path, "r+b") as file:
         for line in file:
             row = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # a line cut short is the last
-            if evaluated := "split" in row and row["step"] == step:
-                break
-            if row["step"] > step:
+            evaluated = "split" in row and row["step"] == step
+            if evaluated or row["step"] > step:
                 break
             kept += len(line)
         file.truncate(kept)
@@ -720,10 +719,11 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
     context = context_left(model, config.response_length)
     examples = {k: make_examples(tokenizer, part, context) for k, part in rows.items()}
-    longest = max(len(e.prompt + e.rationale + e.answers[0]) for e in examples["train"])
-    if config.objective == "sft" and context is not None and longest > context_left(model, 0):
-        raise UserError(f"a prompt, its rationale and its answer take {longest} tokens, and the model's context has "
-                        f"{context_left(model, 0)}; shorten or drop the longest rationales")
+    if config.objective == "sft" and (whole := context_left(model, 0)) is not None:
+        longest = max(len(e.prompt) + len(e.rationale) + max(map(len, e.answers)) for e in examples["train"])
+        if longest > whole:
+            raise UserError(f"a prompt, its rationale and its answer take {longest} tokens, and the model's context "
+                            f"has {whole}; shorten or drop the longest rationales")
     return examples, grader
 
 

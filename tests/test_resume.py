@@ -94,11 +94,16 @@ BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "
              "--save_total_limit", "99", "--dtype", "float32")
 
 
-def test_a_run_by_epochs_continues_with_another_batch(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def apart(folder, tmp_path, monkeypatch):
+    """A working directory of a test's own, where the base is made."""
+    shutil.copytree(f"{folder}/runs/cups-base", tmp_path / "runs/cups-base")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_by_epochs_continues_with_another_batch(apart):
     """As on another number of ranks: it ends after as many prompts, the learning rate goes on where it was, and the step
     whose evaluation was cut off is evaluated again."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
     for accumulation in ("2", "4"):  # 4 prompts a step, then 8
         latro.main([*BY_EPOCHS, "--run_name", "x[1]", "--checkpoint_path", "latest", "--gradient_accumulation_steps", accumulation])
         if accumulation == "2":
@@ -113,11 +118,9 @@ def test_a_run_by_epochs_continues_with_another_batch(folder, tmp_path, monkeypa
     assert [row["lr"] for row in steps] == pytest.approx([1e-4 * (1 - begin / 3) for begin in [0, *ends[:-1]]])
 
 
-def test_going_on_from_a_chosen_checkpoint(folder, tmp_path, monkeypatch):
+def test_going_on_from_a_chosen_checkpoint(apart, monkeypatch):
     """Back in the same run: what came later goes at once, its end too. In another run: it gets a best model of its own,
     though nothing beats the first run's, and also where no step is left. A copy that a user made is no checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
     latro.main([*BY_EPOCHS, "--run_name", "x", "--max_steps", "4"])
     shutil.copytree("runs/x/checkpoints/step-1", "runs/x/checkpoints/step-1-copy")
     back = [*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "./runs/x/checkpoints/step-2", "--max_steps", "3"]
@@ -137,16 +140,14 @@ def test_going_on_from_a_chosen_checkpoint(folder, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(folder):
-    """One line, and the checkpoint before is still there. Files of more than 4 MB cannot be written; weights are smaller."""
+    """One line, and nothing half written is left. Files of more than 4 MB cannot be written; weights are smaller."""
     done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable, os.path.join(ROOT, "latro.py"), *BY_EPOCHS,
                            "--run_name", "full"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{folder}/runs/full/checkpoints") == []
 
 
-def test_told_to_stop_in_the_last_evaluation(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(f"{folder}/runs/cups-base", "runs/cups-base")
+def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
     evaluate, calls = latro.evaluate, []
 
     def told(*arguments, **options):
