@@ -849,6 +849,20 @@ def make_directory(config: Config) -> str:
     return directory
 
 
+def lock(directory: str):
+    """Keep other jobs out of a run directory, such as workers that outlived their torchrun; returns the file whose end
+    unlocks it."""
+    file = open(os.path.join(directory, "metrics.jsonl"), "a", encoding="utf-8")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{directory}: another process writes to it; stop it, or give another run_name") from None
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
+    return file
+
+
 def make_embedded_base(run: str, device) -> None:
     """Train the base model of the embedded default by the project's own SFT, in the run directory `run`; whole, or not
     at all, also where several processes make it at once."""
@@ -961,7 +975,8 @@ def main(argv: list[str]) -> None:
         raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     if config.checkpoint_path != "latest":
         find_checkpoint(config, "")  # before anything is written
-    directory = on_rank_0(lambda: make_directory(config))
+    directory, locks = on_rank_0(lambda: make_directory(config)), []
+    on_rank_0(lambda: locks.append(lock(directory)))
     config.run_name = os.path.basename(directory)
     if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):
         train(config, directory, model, tokenizer, examples, grader, device)

@@ -139,6 +139,18 @@ def test_going_on_from_a_chosen_checkpoint(apart, monkeypatch):
         assert os.path.exists(f"runs/{name}/best") and os.path.exists(f"runs/{name}/evaluation-best.json")
 
 
+def test_one_job_at_a_time(apart):
+    os.makedirs("runs/x")
+    other = latro.lock("runs/x")
+    arguments = [*BY_EPOCHS, "--run_name", "x", "--max_steps", "1", "--checkpoint_path", "latest"]
+    with pytest.raises(data.UserError, match="runs/x: another process writes to it; stop it, or give another run_name"):
+        latro.main(arguments)
+    assert os.listdir("runs/x") == ["metrics.jsonl"]
+    other.close()
+    latro.main(arguments)
+    assert os.path.exists("runs/x/final")
+
+
 def test_a_full_disk_while_a_checkpoint_is_written(folder):
     """One line, and nothing half written is left. Files of more than 4 MB cannot be written; weights are smaller."""
     done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable, os.path.join(ROOT, "latro.py"), *BY_EPOCHS,
