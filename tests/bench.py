@@ -40,6 +40,7 @@ from evaluate import (FewRowsLinear, generate, init_distributed, load_model, res
                       stop_token_ids, token_logprobs, uniform_rows)
 
 K, PROMPTS = 4, 2  # of an update
+OURS = {"ours": torch.float32, "ours, bf16 arithmetic": torch.bfloat16}
 NEVER = "\0never\0"  # a stop sequence that is looked for, and not found
 
 
@@ -296,9 +297,8 @@ def update(bench: Bench) -> None:
     path, device, repeats = bench.options.model, bench.device, bench.options.repeats
     theirs = their_side(path, device)  # the two baselines take turns on it
     examples = bench.examples(theirs.tokenizer, PROMPTS * repeats)
-    steps = {"released": partial(their_update, released, theirs), "TRL": partial(their_update, trl, theirs),
-             "ours": partial(our_update, our_side(path, torch.float32, device)),
-             "ours, bf16 arithmetic": partial(our_update, our_side(path, torch.bfloat16, device))}
+    steps = {"released": partial(their_update, released, theirs), "TRL": partial(their_update, trl, theirs)}
+    steps |= {name: partial(our_update, our_side(path, dtype, device)) for name, dtype in OURS.items()}
 
     def turn(step, length, number):
         return step(examples[number * PROMPTS:(number + 1) * PROMPTS], make_config(length), number)
@@ -314,15 +314,15 @@ def update(bench: Bench) -> None:
 def memory(bench: Bench) -> None:
     """Peak memory of a process that loads, makes an update of L = 8, and one in question: moments are there by then."""
     for length in ("128", "500"):
-        bench.measure(f"memory, float32, {PROMPTS} prompts × K = {K}, L = {length}",
-                      {name: partial(bench.fresh, ["memory", name, length]) for name in ("released", "ours")},
+        bench.measure(f"memory, float32 where not said, {PROMPTS} prompts × K = {K}, L = {length}",
+                      {name: partial(bench.fresh, ["memory", name, length]) for name in ("released", *OURS)},
                       (("peak_gib", "released"), ("above_gib", "released")))
 
 
 def memory_case(bench: Bench, name: str, length: str) -> dict[str, float]:
     path, device = bench.options.model, bench.device
-    side = our_side(path, torch.float32, device) if name == "ours" else their_side(path, device)
-    step = partial(our_update, side) if name == "ours" else partial(their_update, released, side)
+    side = our_side(path, OURS[name], device) if name in OURS else their_side(path, device)
+    step = partial(our_update, side) if name in OURS else partial(their_update, released, side)
     examples = bench.examples(side.tokenizer, PROMPTS)
     return with_peak(lambda: [step(examples, make_config(n), i) for i, n in enumerate((8, int(length)))][-1], device)
 
