@@ -77,11 +77,13 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
         for file in (path, os.path.join(path, f"{split}.jsonl")):
             if os.path.isfile(file):
                 return read_jsonl(file)
-        if not os.path.exists(os.path.join(path, "README.md")):
-            names = (None,)  # the hub's configurations are declared in its README
+    sources = [(path or hub_id, name) for name in names]
+    if path is not None and not os.path.exists(os.path.join(path, "README.md")):  # which declares the configurations
+        folders = [os.path.join(path, name) for name in names if name]  # else each is a folder, or there is only one
+        sources = [(folder, None) for folder in folders if os.path.isdir(folder)] or [(path, None)]
     import datasets  # imported here: half a second that the embedded default does not need
     try:
-        return [row for name in names for row in datasets.load_dataset(path or hub_id, name, split=split)]
+        return [row for source, name in sources for row in datasets.load_dataset(source, name, split=split)]
     except Exception as error:  # dozens of types: no network, no such split, no access, a broken file
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"dataset {path or hub_id}, split {split}: cannot be loaded ({reason}); "
@@ -131,7 +133,7 @@ def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> Iterator[di
     with open(os.path.join(here, "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
         shots = file.read().strip().split("\n\n")
     for raw in raw_rows("openai/gsm8k", split, path, ("main",)):
-        rationale, _, answer = column(raw, "answer", path).partition("####")
+        rationale, _, answer = column(raw, "answer", path).rpartition("####")
         question, answer = column(raw, "question", path), answer.strip().replace(",", "")
         prompt = f"{question} Let's think step by step."
         if few_shot:
@@ -143,12 +145,12 @@ def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> Iterator[di
 def arc_challenge(split: str, path: str | None = None, template: str = ARC_COT) -> Iterator[dict]:
     """ARC-Challenge (Clark et al. 2018) with the paper's chain-of-thought prompt (Appendix B, Figure 6)."""
     for raw in raw_rows("allenai/ai2_arc", split, path, ("ARC-Challenge",)):
-        choices, label = column(raw, "choices", path), column(raw, "answerKey", path)
-        answer = dict(zip(choices["label"], choices["text"])).get(label)
+        choices, label = column(raw, "choices", path, dict), column(raw, "answerKey", path)
+        answer = dict(zip(*(column(choices, name, path, list) for name in ("label", "text")))).get(label)
         if answer is None:
             raise UserError(f"{path or 'dataset'}: answerKey {label!r} is none of the labels {choices['label']}")
         prompt = template.format(question=column(raw, "question", path), options=choices["text"])
-        yield {"queries": user(prompt), "responses": f"The answer is {answer}.",
+        yield {"queries": user(prompt), "responses": f"The answer is {answer.rstrip('.')}.",
                "groundtruth": answer, "options": choices["text"]}
 
 
@@ -172,7 +174,7 @@ def jsonl(split: str, path: str | None = None) -> list[dict]:
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}: column"
         for name in ("queries", "responses", "groundtruth"):
-            if column(row, name, f"{path}, row {number}") in ("", []):
+            if column(row, name, f"{path}, row {number}", object) in ("", []):
                 raise UserError(f"{where} {name} is empty")
         for name in ("responses", "rationales"):
             if not isinstance(row.get(name) or "", str):
@@ -182,7 +184,7 @@ def jsonl(split: str, path: str | None = None) -> list[dict]:
                    for m in messages):
             raise UserError(f"{where} queries is neither a string nor a list of messages with role and content")
         if not isinstance(row["groundtruth"], str):
-            row["groundtruth"] = json.dumps(row["groundtruth"])
+            row["groundtruth"] = json.dumps(row["groundtruth"], default=str)
     return rows
 
 
@@ -190,9 +192,11 @@ def user(content: str) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def column(row: dict, name: str, where: str | None):
+def column(row: dict, name: str, where: str | None, kind: type = str):
     if row.get(name) is None:
         raise UserError(f"{where or 'dataset'}: no column {name}; the columns are {', '.join(sorted(row))}")
+    if not isinstance(row[name], kind):
+        raise UserError(f"{where or 'dataset'}: column {name} holds {str(row[name])[:40]!r}, no {kind.__name__}")
     return row[name]
 
 
@@ -218,12 +222,14 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
         raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
     if split not in ("train", "validation", "test", "all"):
         raise UserError(f"split {split}: unknown; choose train, validation, test or all")
-    if split == "test" and path is not None and os.path.isfile(path):
+    if split == "test" and os.path.isfile(path or ""):
         raise UserError(f"split test: {path} is a single file and has no test rows; use validation or all")
     if few_shot and (name != "gsm8k" or few_shot not in range(9)):
         raise UserError(f"few_shot {few_shot}: gsm8k has 8 worked examples, the other datasets none")
     options = {"few_shot": few_shot} if few_shot else {}
-    rows = list(DATASETS[name][0]("test" if split == "test" else "train", path, **options))
+    both = split == "all" and not os.path.isfile(path or "")
+    parts = ["train", "test"] if both else ["test" if split == "test" else "train"]
+    rows = [row for part in parts for row in DATASETS[name][0](part, path, **options)]
     if split in ("train", "validation"):
         if len(rows) < 2:
             raise UserError(f"dataset {name}: {len(rows)} training rows; at least 2 are needed, one to validate on")
@@ -261,7 +267,7 @@ def end_of_turn_id(tokenizer) -> int:
     """The token that ends the assistant's turn, read off the chat template: the first special one after the content."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).partition("ANSWER")[2]
         for token in tokenizer.encode(after, add_special_tokens=False):
             if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids:
                 return token
@@ -283,11 +289,13 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
         joined = encode([anchor + text for anchor, text in zip(anchors, texts)])
         return [ids[length[anchor]:] for anchor, ids in zip(anchors, joined)]
 
-    end = end_of_turn_id(tokenizer)
     # A template writes its own BOS; a plain string gets one where the tokenizer would add it, and never a second.
     bos = [token for token in tokenizer("a")["input_ids"][:1] if token == tokenizer.bos_token_id]
     try:
+        end = end_of_turn_id(tokenizer)
         prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
+    except UserError:
+        raise
     except Exception as error:  # of the template, such as "no system role", or of the tokenizer
         raise UserError(f"queries: the model's tokenizer or chat template refuses them ({error})") from None
     answers = [continue_text([sep + row["responses"] for row in rows]) for sep in (" ", "")]
@@ -301,7 +309,7 @@ def make_examples(tokenizer, rows: list[dict], context: int | None = None) -> li
         longest = len(prompt) + max(len(spaced), len(bare)) + 1
         if context is not None and longest > context:
             raise UserError(f"a prompt and its answer take {longest} tokens, and the model's context less "
-                            f"response_length leaves {context}; shorten either: {str(row['queries'])[:80]!r}…")
+                            f"response_length leaves {context}; lower it, or shorten {str(row['queries'])[:80]!r}…")
         examples.append(Example(row, prompt, (spaced + [end], bare + [end]), rationale))
     return examples
 
@@ -338,7 +346,7 @@ def embedded_model():
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers: extraction and grading
 # ---------------------------------------------------------------------------------------------------------------------
-NUMBER = re.compile(r"(?<![\w.])[-−–]?\$?[-−–]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"(?<![\w.])[-−–]?\\?[$€£]?[-−–]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 def statement(text: str) -> str | None:
@@ -348,13 +356,15 @@ def statement(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{…}, braces balanced, or None."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + 6, len(text) if start >= 0 else 0):
-        depth += (text[i] == "{") - (text[i] == "}")
+    """The content of the last \\boxed{…} or \\fbox{…}, braces balanced, or of "\\boxed 2"; None where there is none."""
+    matches = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+(\w+))", text))
+    if not matches or matches[-1][1]:
+        return matches[-1][1] if matches else None
+    rest, depth = text[matches[-1].end():], 1
+    for token in re.finditer(r"\\.|[{}]", rest):
+        depth += (token[0] == "{") - (token[0] == "}")
         if depth == 0:
-            return text[start + 7:i]
+            return rest[:token.start()]
     return None
 
 
@@ -364,6 +374,7 @@ def extract_number(text: str) -> str | None:
     Looked for, in this order: the first number after the last "answer is" or "####"; the first in the last \\boxed{};
     the last one anywhere. Thousands separators, currency and percent signs, units and markup are dropped; "−" is "-".
     """
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d)", ",", text)  # LaTeX's thousands separators
     for part, which in ((statement(text), 0), (last_boxed(text), 0), (text, -1)):
         if part and (found := NUMBER.findall(part)):
             sign = "-" if re.search("[-−–]", found[which]) else ""
@@ -373,10 +384,15 @@ def extract_number(text: str) -> str | None:
     return None
 
 
-def extract_text(text: str) -> str | None:
-    """What a text answers with, normalised: the line after the last "answer is", or the last line that is not blank."""
+def answer_line(text: str) -> str:
+    """The line after the last "answer is", or the last line that is not blank."""
     lines = [line for line in (statement(text) or text).split("\n") if line.strip()]
-    return normalise(lines[0 if statement(text) else -1]) if lines else None
+    return lines[0 if statement(text) else -1] if lines else ""
+
+
+def extract_text(text: str) -> str:
+    """The line that a text answers with, normalised."""
+    return normalise(answer_line(text))
 
 
 def normalise(text: str) -> str:
@@ -391,35 +407,41 @@ def extract_option(text: str, options: list[str]) -> str | None:
     option's letter or number ("B", "(B)", "B. salt water", "2)"); or exactly one option stands in it as whole words,
     where an option inside a longer one that stands there too ("water" in "salt water") does not count.
     """
-    answer = extract_text(text) or ""
+    answer = extract_text(text)
     texts = [normalise(option) for option in options]
     if answer and answer in texts:
         return options[texts.index(answer)]
-    label = re.match(r"\W*(?:option\s+)?([a-j1-9])(?:\W*$|[).:,](?!\d)|\s*[-–]\s)", answer)
-    if label:
+    before = r"\W*(?:(?:option|choice|letter|answer|boxed|text)\W+)*"
+    label = re.match(before + r"([a-j1-9])(?:\W*$|[).:,](?!\d)|\s*[-–]\s)", answer)
+    if label and label[1] not in texts:
         index = "abcdefghij".find(label[1]) if label[1].isalpha() else int(label[1]) - 1
         return options[index] if index < len(options) else None
-    named = [t for t in texts if t and re.search(rf"(?<!\w){re.escape(t)}(?!\w)", answer)]
-    named = [t for t in named if not any(t != other and t in other for other in named)]
+
+    def stands_in(part: str, whole: str):
+        return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole)
+
+    named = [t for t in texts if t and stands_in(t, answer)]
+    named = [t for t in named if not any(t != other and stands_in(t, other) for other in named)]
     return options[texts.index(named[0])] if len(named) == 1 else None
 
 
 def extract_json(text: str) -> str | None:
     """The JSON value a text answers with, in canonical form (sorted keys), or None: after the last "answer is" or
     anywhere, the first object or array that parses."""
-    part = statement(text) or text
-    for match in re.finditer(r"[\[{]", part):
-        try:
-            return json.dumps(json.JSONDecoder().raw_decode(part[match.start():])[0], sort_keys=True)
-        except (ValueError, RecursionError):
-            continue
+    for part in (statement(text) or "", text):
+        for match in re.finditer(r"[\[{]", part):
+            try:
+                return json.dumps(json.JSONDecoder().raw_decode(part[match.start():])[0], sort_keys=True)
+            except (ValueError, RecursionError):
+                continue
     return None
 
 
-def extract_math(text: str) -> str | None:
-    """The LaTeX a text answers with: the last \\boxed{}, else what follows the last "answer is"."""
-    answer = last_boxed(text) or extract_text(text)
-    return answer.strip().strip("$.") if answer else None
+def extract_math(text: str) -> str:
+    """The LaTeX a text answers with: the last \\boxed{}, else the line after the last "answer is": its first $…$."""
+    line = answer_line(text)
+    formula = re.search(r"(?:(?<!\\)\$|\\\()(.+?)(?:(?<!\\)\$|\\\))", line)
+    return last_boxed(text) or (formula[1] if formula else line).strip(" *.:$")
 
 
 def math_equal(prediction: str, truth: str) -> bool:
@@ -442,9 +464,12 @@ def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
     grader = given or DATASETS[name][1]
     if grader == "option" and not all(isinstance(o, list) and all(isinstance(t, str) for t in o) for o in options):
         raise UserError("grader option: the rows have no column options, a list of texts; use another grader")
+    for truth, texts in zip(truths, options) if grader == "option" else ():
+        if truth not in texts:
+            raise UserError(f"grader option: groundtruth {truth!r} is none of its row's options; give the text of one")
     if grader:
         return grader
-    if all(re.fullmatch(r"[-−]?[\d,]*\.?\d+", truth.strip()) for truth in truths):
+    if all(NUMBER.fullmatch(truth.strip()) for truth in truths):
         return "number"
     return "json" if all(truth.strip()[:1] in ("{", "[") and extract_json(truth) for truth in truths) else "text"
 

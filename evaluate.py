@@ -542,7 +542,7 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
 RATES = ("accuracy", "maj_at_k", "finished")
 
 
-def print_results(results: dict[str, dict], shown: int = 2) -> None:
+def print_results(results: dict[str, dict]) -> None:
     """The table of evaluations of the same rows, side by side, and a few answers of each."""
     first = next(iter(results.values()))
     labels = {"accuracy": "greedy accuracy", "maj_at_k": f"maj@{first['num_samples']}",
@@ -553,7 +553,7 @@ def print_results(results: dict[str, dict], shown: int = 2) -> None:
         cells = [f"{r[name]:.1%} [{r[f'{name}_ci95'][0]:.1%}, {r[f'{name}_ci95'][1]:.1%}]" if name in RATES
                  else f"{r[name]:.3f}" for r in results.values()]
         print(f"  {labels[name]:<29}" + "".join(f"{cell:>24}" for cell in cells))
-    for i in range(min(shown, first["n"])):
+    for i in range(min(2, first["n"])):
         print(f"\n  Q: {first['rows'][i]['query'].strip()}\n  gold: {first['rows'][i]['groundtruth']}")
         for name, result in results.items():
             row = result["rows"][i]
@@ -695,7 +695,7 @@ class Common:
     """What training and evaluation both take."""
     dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}")
     dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
-    grader: str | None = key(None, "how answers are compared; default: the dataset's", GRADERS)
+    grader: str | None = key(None, "how answers are compared; default: the dataset's", (*GRADERS, None))
     limit: int | None = key(None, "evaluate the first so many rows only")
     num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z) in the table; 0: greedy only")
     response_length: int = key(500, "L, tokens of a rationale at most")
@@ -724,12 +724,14 @@ class Settings(Common):
     model: str | None = key(None, "folder or hub id; default: the newest run under runs/, its base beside its best")
     split: str | None = key(None, "train, validation, test or all; default: test, all of a single file")
     few_shot: int = key(0, "worked examples in the prompt, 0 to 8 (gsm8k)")
-    out: str | None = key(None, "JSON file of --model's result; default: evaluation-NAME.json in its run, or here")
+    out: str | None = key(None, "JSON file of --model's result; default: evaluation-NAME….json in its run, or here")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.out and (self.model is None or not os.path.isdir(os.path.dirname(self.out) or ".")):
-            raise UserError(f"out {self.out}: " + ("no such folder" if self.model else "needs --model"))
+        if self.out and (os.path.isdir(self.out) or not os.path.isdir(os.path.dirname(self.out) or ".")):
+            raise UserError(f"out {self.out}: not a file in a folder that exists")
+        if self.out and self.model is None:
+            raise UserError(f"out {self.out}: needs --model")
 
 
 def read_run(folder: str) -> dict:
@@ -750,7 +752,7 @@ def newest_run() -> str:
 
 def main(argv: list[str], run: str | None = None) -> None:
     """Evaluate --model, or the base beside the best model of `run`; write the JSON of each and print the table."""
-    s = parse(Settings, argv, __doc__)
+    s, closing = parse(Settings, argv, __doc__), run is not None
     run = os.path.dirname(os.path.normpath(s.model)) if s.model else run or newest_run()
     config = read_run(run)
     other = s.dataset_name not in (None, config.get("dataset_name"))  # then the run's data is not meant
@@ -764,8 +766,9 @@ def main(argv: list[str], run: str | None = None) -> None:
     if s.dataset_name is None:
         raise UserError(f"dataset_name: which one? {', '.join(DATASETS)}")
     split = s.split or ("all" if os.path.isfile(s.dataset_path or "") else "test")
-    rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)[:s.limit]
+    rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader, device, results = choose_grader(s.grader, s.dataset_name, rows), init_distributed(), {}
+    rows = rows[:s.limit]  # another few would not be graded otherwise
     for label, folder in models.items():
         model, tokenizer = load_model(folder, resolve_dtype(s.dtype, device), device, s.attn_implementation,
                                       s.trust_remote_code)
@@ -775,14 +778,17 @@ def main(argv: list[str], run: str | None = None) -> None:
                           stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed)
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
+        part = f"-{s.dataset_name}" * other + f"-{s.limit}" * (not closing and s.limit != config.get("limit"))
+        folder = run if config else "."
+        outs = {label: s.out or os.path.join(folder, f"evaluation-{label}{part}.json") for label in results}
+        for label, result in results.items():  # before anything is printed: the pipe may be closed
+            with open(outs[label], "w", encoding="utf-8") as file:
+                json.dump(result, file, indent=1, ensure_ascii=False)
         print_results(results)
         samples = os.path.join(run, "samples.jsonl")
         if s.model is None and config.get("objective") == "latro" and os.path.exists(samples):
             print_rollouts(samples)
-        for label, result in results.items():
-            out = s.out or os.path.join(run if config else ".", f"evaluation-{label}.json")
-            with open(out, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=1, ensure_ascii=False)
+        for label, out in outs.items():
             print(f"{label}: every row in {out}")
 
 

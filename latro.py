@@ -714,9 +714,9 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
     """
     splits = {"train": "train", "validation": "validation", "closing": closing_split(config)}
     limits = {"train": 16, "validation": 4, "closing": 4} if config.sanity_check else {}
-    rows = {k: load_rows(config.dataset_name, v, config.dataset_path)[:limits.get(k)] for k, v in splits.items()}
-    rows |= {k: rows[k][:config.limit] for k in ("validation", "closing")}
+    rows = {k: load_rows(config.dataset_name, v, config.dataset_path) for k, v in splits.items()}
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
+    rows = {k: part[:limits.get(k)][:config.limit if k != "train" else None] for k, part in rows.items()}
     context = context_left(model, config.response_length)
     examples = {k: make_examples(tokenizer, part, context) for k, part in rows.items()}
     if config.objective == "sft" and (whole := context_left(model, 0)) is not None:
@@ -984,7 +984,7 @@ def main(argv: list[str]) -> None:
         return print(f"{directory}: finished already") if rank() == 0 else None
     del model
     limit = ["--limit", "4"] if config.sanity_check else []
-    evaluate_main(["--split", closing_split(config), *limit], directory)
+    evaluate_main(["--split", closing_split(config), "--grader", grader, *limit], directory)
     if rank() == 0:
         print(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 

@@ -58,9 +58,21 @@ def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
     assert row["responses"] == "The answer is dry ice." and row["options"] == ["ice", "dry ice"]
     [direct] = load_rows("arc_challenge_direct", "test", str(tmp_path))
     assert direct["queries"][0]["content"].startswith("The output MUST strictly follow the structure")
+    arc["choices"]["text"][1] = "It does."
+    write(tmp_path / "test.jsonl", [arc])
+    assert [(row["responses"], row["groundtruth"]) for row in load_rows("arc_challenge", "test", str(tmp_path))] == [
+        ("The answer is It does.", "It does.")]
     write(tmp_path / "test.jsonl", [{"problem": "p", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "1", "type": "a"}])
     [row] = load_rows("math", "test", str(tmp_path))
     assert row["groundtruth"] == r"\frac{1}{2}" and row["responses"] == r"The answer is $\frac{1}{2}$."
+    boxes = {r"\boxed{a} or \fbox{3}": "3", r"\boxed 2$": "2", r"\boxed{\{1\}}": r"\{1\}", r"\boxed{1": None, "2": None}
+    assert {text: data.last_boxed(text) for text in boxes} == boxes
+    write(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "2+2=4\n#### 4"}])
+    assert [row["groundtruth"] for row in load_rows("gsm8k", "all", str(tmp_path / "train.jsonl"))] == ["2", "4"]
+
+
+def test_all_is_both_parts():
+    assert len(load_rows("cups", "all")) == 4500
 
 
 def test_parquet_through_the_datasets_library(tmp_path, monkeypatch):
@@ -68,6 +80,10 @@ def test_parquet_through_the_datasets_library(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     pandas.DataFrame([{"question": "1+1?", "answer": "2\n#### 2"}] * 3).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     assert [r["groundtruth"] for r in load_rows("gsm8k", "test", str(tmp_path))] == ["2"] * 3
+    for name, answer in (("main", "3"), ("socratic", "4")):  # without the README that declares the configurations
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        pandas.DataFrame([{"question": "1+2?", "answer": f"#### {answer}"}] * 2).to_parquet(tmp_path / f"hub/{name}/test-0.parquet")
+    assert [r["groundtruth"] for r in load_rows("gsm8k", "test", str(tmp_path / "hub"))] == ["3"] * 2
 
 
 def test_a_dataset_is_one_function_and_one_entry(monkeypatch):
@@ -168,6 +184,15 @@ def test_a_templated_string_gets_no_second_bos():
     assert example.prompt.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_template_that_ignores_the_assistants_turn_or_breaks():
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = "{{ bos_token }}Question: {{ messages[0]['content'] }}"
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for %}"
+    with pytest.raises(UserError, match="chat template refuses them"):
+        make_examples(tokenizer, [{"queries": QUERY, "responses": "A", "groundtruth": "A"}])
+
+
 def test_smollm2_prompt_keeps_its_end_of_turn_tokens(smollm2, gsm8k):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
@@ -194,6 +219,7 @@ NUMBERS = [
     ("The answer is 5 because 2 + 3", "5"), ("#### 1,200\n", "1200"), ("v2.0 gives 18", "18"),
     ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
     ("The answer is --5", "-5"), ("-$-5", "-5"), ("The answer is - 5", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"),
+    (r"The answer is $1{,}234$.", "1234"), (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"), (r"is -\$5", "-5"), ("-€5", "-5"),
 ]
 OPTIONS = ["water", "saltwater", "salt water", "wind"]
 CHOICES = [
@@ -204,10 +230,14 @@ CHOICES = [
     ("The answer is the wind, of course.", "wind"), ("The answer is E.", None), ("I think\nwind", "wind"),
     ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"), ("The answer is 2.", "saltwater"),
     ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None), ("The answer is (wind)", "wind"),
+    (r"The final answer is: $\boxed{B}$.", "saltwater"), ("Answer: B", "saltwater"), ("**Answer:** (B)", "saltwater"),
+    ("So I take choice B", None), ("choice B", "saltwater"),
 ]
-FORCES = ["2.5 N", "1.5 N", "3.5 N", "+"]
-DECIMALS = [("The answer is 2.5 N to the left.", "2.5 N"), ("The answer is 1.5 N, east", "1.5 N"), ("", None), ("The answer is.", None),
-            ("The answer is 1.", "2.5 N")]
+FORCES, COUNTS, WEATHER = ["2.5 N", "1.5 N", "3.5 N", "+"], ["5", "10", "15", "1"], ["rain", "train"]
+MORE_CHOICES = [
+    (FORCES, "The answer is 2.5 N to the left.", "2.5 N"), (FORCES, "The answer is 1.5 N, east", "1.5 N"), (FORCES, "", None),
+    (FORCES, "The answer is.", None), (FORCES, "The answer is 1.", "2.5 N"), (COUNTS, "The answer is 1, because", "1"),
+    (COUNTS, "The answer is 5, since", "5"), (COUNTS, "The answer is 2.", "10"), (WEATHER, "It is rain, not a train", None)]
 
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
@@ -220,9 +250,9 @@ def test_options(text, expected):
     assert extract_option(text, OPTIONS) == expected
 
 
-@pytest.mark.parametrize("text, expected", DECIMALS)
-def test_decimals_are_no_labels(text, expected):
-    assert extract_option(text, FORCES) == expected
+@pytest.mark.parametrize("options, text, expected", MORE_CHOICES)
+def test_options_that_hold_numbers_or_each_other(options, text, expected):
+    assert extract_option(text, options) == expected
 
 
 @pytest.mark.parametrize("grader, text, truth, correct", [
@@ -232,7 +262,10 @@ def test_decimals_are_no_labels(text, expected):
     ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
     ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
-    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False),
+    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False), ("math", r"The answer is \(x+1\), at last", "1+x", True),
+    *[("math", f"The answer is ${truth}$.{more}", truth, True) for more in ("", " I hope it is correct.") for truth in (
+        r"\frac{1}{2}", r"2\sqrt{3}", r"(-\infty,3]", r"\{1,2\}", r"x^{2}+1", r"\text{east}", "5!", r"\$3.50", "|x|")],
+    ("json", '{"say": "the answer is 5"}', '{"say": "the answer is 5"}', True),
 ])
 def test_graders(grader, text, truth, correct):
     if grader == "math":
@@ -241,6 +274,7 @@ def test_graders(grader, text, truth, correct):
 
 
 @pytest.mark.parametrize("truths, grader", [
-    (["18", "-3.5", "1,000"], "number"), (["18", "Paris"], "text"), (['{"name": "f"}', "[1]"], "json")])
+    (["18", "-3.5", "1,000"], "number"), (["18", "Paris"], "text"), (['{"name": "f"}', "[1]"], "json"),
+    (["$5", "-2"], "number"), (["3,5", "4"], "text")])
 def test_default_grader_of_a_jsonl(truths, grader):
     assert data.choose_grader(None, "jsonl", [{"groundtruth": t} for t in truths]) == grader

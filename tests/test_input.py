@@ -72,6 +72,10 @@ def place(tmp_path_factory):
         (place / name).mkdir()
     write("gsm/train.jsonl", {"problem": "1+1?"})
     write("arc/train.jsonl", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"})
+    write("gsm.jsonl", *[{"question": "1+1?", "answer": 2}] * 2)
+    write("arc.jsonl", *[{"question": "q", "choices": ["a"], "answerKey": "A"}] * 2)
+    write("letters.jsonl", *[GOOD | {"options": ["1", "2"], "groundtruth": "B"}] * 20)
+    write("mixed.jsonl", *[GOOD] * 19, GOOD | {"groundtruth": "two"})
     write("math/train.jsonl", {"problem": "p", "solution": "no box"})
     (place / "only_train").mkdir()
     write("only_train/train.jsonl", *[GOOD] * 20)
@@ -117,6 +121,9 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "no_tokens.jsonl", "queries: .* has no tokens"), (JSONL + "options.jsonl --grader option", "grader option"),
     (JSONL + "long_rationale.jsonl --objective sft", "a prompt, its rationale and its answer take 2.. tokens"),
     (JSONL + "nothing", "nothing"), ("--dataset_name gsm8k --dataset_path gsm", "no column (question|answer)"),
+    ("--dataset_name gsm8k --dataset_path gsm.jsonl", "gsm.jsonl: column answer holds '2', no str"),
+    ("--dataset_name arc_challenge --dataset_path arc.jsonl", "arc.jsonl: column choices holds .* no dict"),
+    (JSONL + "letters.jsonl --grader option", "groundtruth 'B' is none of its row's options"),
     ("--dataset_name arc_challenge --dataset_path arc", "answerKey"), ("--dataset_name math --dataset_path math", "math"),
     (JSONL + "good.jsonl --grader option", "grader option"), (JSONL + "good.jsonl --grader guess", "grader.*guess"),
     (JSONL + "good.jsonl --model_name_or_path ./nowhere", "nowhere: no such folder"),
@@ -143,6 +150,7 @@ JUDGING = [
     ("--model model --dataset_name cups --num_samples 2 --temperature 0", "temperature"),
     ("--model model --dataset_name cups --response_length -1", "response_length"),
     ("--model model --dataset_name cups --limit 2 --out nowhere/x.json", "nowhere/x.json"),
+    ("--model model --dataset_name cups --limit 2 --out runs", "out runs: not a file"),
 ]
 
 
@@ -236,6 +244,24 @@ def test_what_looks_odd_but_is_right(place, monkeypatch):
     shutil.rmtree("runs/odd")
     (place / "no_stop.yaml").write_text("stop_seqs:")
     assert latro.load_config(["--config", "no_stop.yaml"]).stop_seqs == []
+
+
+def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypatch):
+    """The grader is that of all rows, whatever part of them is looked at."""
+    monkeypatch.chdir(place)
+    seen, arguments = [], (JSONL + "mixed.jsonl --response_length 8 --limit 1").split()
+    monkeypatch.setattr(latro, "evaluate_main", lambda argv, run: seen.append(argv))
+    latro.main([*arguments, "--model_name_or_path", "model", "--max_steps", "1", "--run_name", "mixed"])
+    assert seen == [["--split", "validation", "--grader", "text"]]
+    shutil.rmtree("runs/mixed")
+    judge = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, tokenizer, examples, grader, **options:
+                        seen.append(grader) or judge(model, tokenizer, examples, grader, **options))
+    monkeypatch.setattr(evaluate, "print_results", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main([*arguments, "--model", "model"])
+    assert seen[1:] == ["text"] and json.load(open("evaluation-model-jsonl-1.json"))["n"] == 1
+    os.remove("evaluation-model-jsonl-1.json")
 
 
 def test_good_rows_load(place):

@@ -103,7 +103,7 @@ def test_training_commands(commands, tmp_path, monkeypatch, capsys):
 def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
     """Each evaluates a few rows with the embedded base in the place of its model."""
     model, tokenizer = evaluate.load_model(str(base / "runs/cups-base/final"), evaluate.torch.float32)
-    shutil.copytree(base / "runs", tmp_path / "runs")
+    shutil.copytree(base / "runs/cups-base", tmp_path / "runs/cups-base")
     for name in ("runs/sft", "runs/NAME", "runs/other"):
         run = tmp_path / name
         shutil.copytree(base / "runs/cups-base/final", run / "best")
@@ -115,7 +115,7 @@ def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
     for arguments, _ in arguments_of(commands, "evaluate.py"):
         evaluate.main([*arguments, "--limit", "3", "--response_length", "4"])
         written += 1
-    assert written >= 3 and os.path.exists(run / "evaluation-best.json")
+    assert written >= 3 and os.path.exists(run / "evaluation-best-3.json")
 
 
 def test_other_commands(commands):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import evaluate
+import latro
 
 STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss", "sft_loss",
              "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
@@ -120,7 +121,10 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     before = json.load(open(f"{run}/evaluation-best.json"))
     printed = script("evaluate.py", cwd=folder)
     assert "base" in printed and "best" in printed and "500 questions" in printed and "100.0%" in printed
+    script("evaluate.py", "--limit", 3, cwd=folder)
+    assert json.load(open(f"{run}/evaluation-best-3.json"))["n"] == 3
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
+    assert vars(latro.load_config(["--config", f"{run}/config.yaml"])) == evaluate.read_yaml(f"{run}/config.yaml")
     last = [r for r in rows(f"{run}/samples.jsonl") if r["step"] == 120]
     assert "Step 120, of 128 logged rollouts" in printed
     for which, pick in (("highest", max), ("lowest", min)):
