@@ -94,6 +94,13 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def apart(base, tmp_path, monkeypatch):
+    """A working directory of a test's own, where the base is made."""
+    shutil.copytree(base / "runs/cups-base", tmp_path / "runs/cups-base")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def default_run(base):
     """`python latro.py` where the base is made: (folder, run directory, what was printed)."""

@@ -38,6 +38,8 @@ def test_gsm8k(gsm8k):
     assert test[0]["responses"] == "The answer is 18." and test[0]["groundtruth"] == "18"
     assert "<<" not in test[0]["rationales"] and test[0]["rationales"].endswith("market.\n")
     assert all(extract_number(r["groundtruth"]) and grade("number", r["responses"], r)[1] for r in test)
+    shot = load_rows("gsm8k", "test", gsm8k, few_shot=2)[0]["queries"][0]["content"]
+    assert shot.count("Q: ") == 3 and shot.count("The answer is") == 2
     shot = load_rows("gsm8k", "test", gsm8k, few_shot=8)[0]["queries"][0]["content"]
     assert shot.count("Q: ") == 9 and shot.count("The answer is") == 8 and shot.endswith("market?\nA:")
     with pytest.raises(UserError, match="gsm8k has 8 worked examples"):
@@ -46,6 +48,38 @@ def test_gsm8k(gsm8k):
 
 def write(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_gsm8k_rows(tmp_path):
+    """Needs no download: what is cut from a solution, and its answer."""
+    solution = "He has 2*3=<<2*3=6>>6 boxes,\nso 6*200=<<6*200=1200>>1200 eggs, 1200+0=<<1200+0=1200>>1200.\n#### 1,200"
+    write(tmp_path / "test.jsonl", [{"question": "How many?", "answer": solution}])
+    [row] = load_rows("gsm8k", "test", str(tmp_path))
+    assert row == {"queries": data.user("How many? Let's think step by step."), "responses": "The answer is 1200.",
+                   "groundtruth": "1200", "rationales": "He has 2*3=6 boxes,\nso 6*200=1200 eggs, 1200+0=1200.\n"}
+    for n in (1, 8):
+        [row] = load_rows("gsm8k", "test", str(tmp_path), few_shot=n)
+        prompt = row["queries"][0]["content"]
+        assert prompt.count("Q: ") == n + 1 and prompt.count("The answer is") == n and prompt.endswith("\n\nQ: How many?\nA:")
+
+
+def test_the_hubs_configurations_are_joined(monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: [
+        {"problem": f"{path} {name} {split}", "solution": r"\boxed{1}"}])
+    asked = [row["queries"][0]["content"].removesuffix(" Let's think step by step.") for row in load_rows("math", "test")]
+    assert asked == [f"EleutherAI/hendrycks_math {name} test" for name in (
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")]
+
+
+def test_validation_is_drawn_from_all_over():
+    """Not the first rows, and a tenth of every stretch: files may be sorted."""
+    rows = [r["queries"] for r in data.cups("train")]
+    first = load_rows("cups", "validation")[0]["queries"]  # always: models of earlier versions were chosen on these rows
+    assert first == "The ball is under cup 1. Swaps: 2-5 4-5 2-3 3-5 2-4 3-4. Where is it?"
+    assert len(load_rows("cups_base", "validation")) == 500  # at most
+    at = sorted(map(rows.index, (r["queries"] for r in load_rows("cups", "validation"))))
+    assert all(10 < sum(begin <= i < begin + 400 for i in at) < 80 for begin in range(0, 4000, 400))
 
 
 def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
@@ -58,12 +92,15 @@ def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
     assert row["responses"] == "The answer is dry ice." and row["options"] == ["ice", "dry ice"]
     [direct] = load_rows("arc_challenge_direct", "test", str(tmp_path))
     assert direct["queries"][0]["content"].startswith("The output MUST strictly follow the structure")
+    for name in ("arc_challenge", "arc_challenge_direct"):
+        assert grade(data.choose_grader(None, name, [row]), "The answer is B.", row) == ("dry ice", True)
     arc["choices"]["text"][1] = "It does."
     write(tmp_path / "test.jsonl", [arc])
     assert [(row["responses"], row["groundtruth"]) for row in load_rows("arc_challenge", "test", str(tmp_path))] == [
         ("The answer is It does.", "It does.")]
     write(tmp_path / "test.jsonl", [{"problem": "p", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "1", "type": "a"}])
     [row] = load_rows("math", "test", str(tmp_path))
+    assert row["rationales"] == r"So $x=\boxed{\frac{1}{2}}$." + "\n"
     assert row["groundtruth"] == r"\frac{1}{2}" and row["responses"] == r"The answer is $\frac{1}{2}$."
     boxes = {r"\boxed{a} or \fbox{3}": "3", r"\boxed 2$": "2", r"\boxed{\{1\}}": r"\{1\}", r"\boxed{1": None, "2": None}
     assert {text: data.last_boxed(text) for text in boxes} == boxes
@@ -165,7 +202,7 @@ def test_templates(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_white_space_that_a_response_begins_with_is_kept(kind):
     tokenizer = make_tokenizer(kind)
-    rows = [{"queries": "Q", "responses": text} for text in ("\nThe answer is 5.", "\n\n#### 5", "  x", "x")]
+    rows = [{"queries": "Q", "responses": text} for text in ("\nThe answer is 5.", "\n\n#### 5", "  x", "x", "nd two")]
     for row, example in zip(rows, make_examples(tokenizer, rows)):
         assert decoder(tokenizer)([5] + example.answers[1][:-1])[len(decoder(tokenizer)([5])):] == row["responses"]
 
@@ -205,6 +242,12 @@ def test_smollm2_prompt_keeps_its_end_of_turn_tokens(smollm2, gsm8k):
 def test_prompts_beyond_the_context_are_named():
     with pytest.raises(UserError, match="context"):
         make_examples(make_tokenizer("qwen"), [{"queries": "x" * 300, "responses": "A", "groundtruth": "A"}], context=100)
+    row = {"queries": "x" * 90, "responses": "!" * 9, "groundtruth": "A"}
+    [example] = make_examples(make_tokenizer("qwen"), [row])
+    whole = len(example.prompt) + max(map(len, example.answers))
+    assert make_examples(make_tokenizer("qwen"), [row], context=whole) == [example]
+    with pytest.raises(UserError, match=f"take {whole} tokens"):
+        make_examples(make_tokenizer("qwen"), [row], context=whole - 1)
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------
@@ -220,6 +263,7 @@ NUMBERS = [
     ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
     ("The answer is --5", "-5"), ("-$-5", "-5"), ("The answer is - 5", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"),
     (r"The answer is $1{,}234$.", "1234"), (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"), (r"is -\$5", "-5"), ("-€5", "-5"),
+    (r"\boxed{3}, so the answer is 4", "4"), (r"\boxed{3}? No: \boxed{5}", "5"),
 ]
 OPTIONS = ["water", "saltwater", "salt water", "wind"]
 CHOICES = [
@@ -231,7 +275,7 @@ CHOICES = [
     ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"), ("The answer is 2.", "saltwater"),
     ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None), ("The answer is (wind)", "wind"),
     (r"The final answer is: $\boxed{B}$.", "saltwater"), ("Answer: B", "saltwater"), ("**Answer:** (B)", "saltwater"),
-    ("So I take choice B", None), ("choice B", "saltwater"),
+    ("So I take choice B", None), ("choice B", "saltwater"), ("The answer is the salt water here.", "salt water"),
 ]
 FORCES, COUNTS, WEATHER = ["2.5 N", "1.5 N", "3.5 N", "+"], ["5", "10", "15", "1"], ["rain", "train"]
 MORE_CHOICES = [
@@ -263,6 +307,7 @@ def test_options_that_hold_numbers_or_each_other(options, text, expected):
     ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
     ("math", r"\boxed{3}", "4", False), ("math", "", "4", False), ("math", r"The answer is \(x+1\), at last", "1+x", True),
+    ("math", "The answer is $(1,2)$.", "1 < x < 2", True), ("math", "The answer is $1 < x < 2$.", "(1,2)", False),
     *[("math", f"The answer is ${truth}$.{more}", truth, True) for more in ("", " I hope it is correct.") for truth in (
         r"\frac{1}{2}", r"2\sqrt{3}", r"(-\infty,3]", r"\{1,2\}", r"x^{2}+1", r"\text{east}", "5!", r"\$3.50", "|x|")],
     ("json", '{"say": "the answer is 5"}', '{"say": "the answer is 5"}', True),

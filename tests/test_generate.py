@@ -306,6 +306,13 @@ def test_generation_stops_where_truncate_says(tiny, cups):
         assert sum(len(ids) < 30 for ids, _, _ in out) > 4 or stops == ["r cup 2"]
 
 
+def test_a_stop_of_many_tokens(tiny, cups):
+    options = {"temperature": 1.0, "uniforms": uniform_rows(["0"], 30), "decode": decoder(tiny[1])}
+    [(ids, _, _)] = generate(tiny[0], [cups[0].prompt], 30, **options)
+    [(cut, _, _)] = generate(tiny[0], [cups[0].prompt], 30, stop_seqs=[decoder(tiny[1])(ids[2:22])], **options)
+    assert cut == ids[:22]
+
+
 def architecture(name):
     """A tiny random model of an architecture with a sliding window, or with logits scaled behind the head."""
     from transformers import AutoConfig, AutoModelForCausalLM

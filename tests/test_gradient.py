@@ -169,3 +169,12 @@ def test_faults_are_seen(fault):
             change(rollout)
     ours = expected_gradient(model, *scored(model, reference, rollouts, 1.0), rollouts, 2, 0.3, "logprob", 1.0, **options)
     assert error(ours, exact) > 0.02
+
+
+def test_a_longer_stop_that_the_answer_lacks(tiny, cups):
+    """Only its first token is scored; all of it where y begins with it."""
+    (_, tokenizer), (ball, answer) = tiny, (tiny[1].encode(f" it The {word} is") for word in ("ball", "answer"))
+    for ids, within in ((ball, False), (answer, True)):
+        rollout = latro.cut_rollout(cups[0], ids, {2}, ["The ball is", "The answer is"], decoder(tokenizer))
+        assert rollout.finished and rollout.rationale == ids[:1] and rollout.stop_in_answer is within
+        assert rollout.actions == (ids if within else ids[:2])

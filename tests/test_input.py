@@ -204,6 +204,15 @@ def test_no_space_left_on_the_device(place, monkeypatch):
     shutil.rmtree(place / "runs/full")
 
 
+def test_a_head_that_is_not_the_models_is_found_before_anything_is_written(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(latro.Scorer, "head", lambda self, hidden: 3 * self.model.get_output_embeddings()(hidden))
+    before = contents(place)
+    with pytest.raises(UserError, match="teach it to Scorer.head"):
+        latro.main((JSONL + "good.jsonl --model_name_or_path model --max_steps 1 --response_length 8").split())
+    assert contents(place) == before
+
+
 def test_math_verify_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     from data import grade

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+import data
 import latro
 from evaluate import run_script, world_size
 
@@ -169,30 +170,75 @@ def test_scoring_attention(tiny, monkeypatch):
     assert {chosen(asked="sdpa"), chosen(compute=torch.float32), chosen(device="cpu"), chosen(found=False)} == {"sdpa"}
     monkeypatch.setattr(tiny[0], "_supports_flash_attn", False)
     assert chosen() == "sdpa"
-    monkeypatch.setattr(latro, "scoring_attention", lambda *arguments: "eager")
-    policy, reference, sampler = latro.set_out(copy.deepcopy(tiny[0]), latro.Config(), torch.device("cpu"))
+    monkeypatch.setattr(latro, "scoring_attention", lambda model, asked, *rest: {"auto": "sdpa", "as asked": "eager"}[asked])
+    policy, reference, sampler = latro.set_out(
+        copy.deepcopy(tiny[0]), latro.Config(attn_implementation="as asked"), torch.device("cpu"))
     scoring = policy.forward.__self__.model
     assert [m.config._attn_implementation for m in (scoring, reference.model, sampler)] == ["eager", "eager", "sdpa"]
 
 
-def test_gradient_is_that_of_a_slow_reference(start):
-    """The whole update against plain autograd, rollout by rollout, with the advantages of the logged rewards."""
+PAIRS = [f"{a} {b}" for a in ("ball", "is", "under", "cup", "it", 1, 2, 3, 4, 5) for b in ("ball", "is", "cup", "it", 1, 2, 3, 4, 5)]
+OBJECTIVES = [{}, {"reward": "prob"}, {"reward": "mean_logprob"}, {"sft_penalty": 0.3}, {"non_stop_penalty": False},
+              {"penalty_reward_value": 3.0}, {"kl_coef": 0.4}, {"stop_seqs": PAIRS}, {"objective": "sft", "reward": "prob", "sft_penalty": 0.3}]
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES, ids=lambda s: str(s)[:40])
+def test_gradient_is_that_of_a_slow_reference(start, settings):
+    """The whole update, of every objective, against plain autograd, rollout by rollout."""
     model, tokenizer, examples, rtol = start
-    rollouts, figures, _, gradients, _ = one_update(model, tokenizer, examples)
+    config, frozen = latro.Config(**{"kl_coef": 0.1, "temperature": 1.3} | settings), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter *= 1.1
+    if config.objective == "sft":
+        examples = data.make_examples(tokenizer, data.load_rows("cups_base", "test")[:2])
+        assert all(e.rationale for e in examples)
+    rollouts, figures, _, gradients, _ = one_update(model, tokenizer, examples, **settings)
+    assert config.stop_seqs is not PAIRS or not all(r.stop_in_answer for r in rollouts)  # a longer stop, which y lacks
+    heat = 1.0 if config.objective == "sft" else 1.3
+
+    def plain(model, r):
+        x, logits = r.example.prompt, model(torch.tensor([r.ids])).logits[0]
+        z = (logits / heat).log_softmax(-1)[[len(x) - 1 + t for t in range(len(r.actions))], r.actions].sum()
+        begin = len(x) + len(r.rationale) - 1
+        return z, logits.log_softmax(-1)[[begin + t for t in range(len(r.answer))], r.answer].sum()
+
+    ours, theirs = ([plain(m, r) for r in rollouts] for m in (model, frozen))
+    phi = [{"logprob": y, "mean_logprob": y / len(r.answer), "prob": y.exp()}[config.reward if heat > 1 else "logprob"]
+           for (_, y), r in zip(ours, rollouts)]
+    gamma = config.penalty_reward_value if config.non_stop_penalty else 1.0
+    shaped = [f.item() - (0 if r.finished else (gamma - 1) * abs(f.item())) for f, r in zip(phi, rollouts)]
+    rewards = [f - config.kl_coef * (z - z0).item() for f, (z, _), (z0, _) in zip(shaped, ours, theirs)]
     total = 0
-    for i, r in enumerate(rollouts):
-        group = figures["reward"][i // 4 * 4:i // 4 * 4 + 4]
-        advantage = (figures["reward"][i] - (group.sum() - figures["reward"][i]) / 3).item()
-        x, n = r.example.prompt, len(r.rationale)
-        logits = model(torch.tensor([r.ids])).logits[0]
-        z = (logits / 1.3).log_softmax(-1)[[len(x) - 1 + t for t in range(len(r.actions))], r.actions].sum()
-        y = logits.log_softmax(-1)[[len(x) + n - 1 + t for t in range(len(r.answer))], r.answer].sum()
+    for i, (r, (z, y), f) in enumerate(zip(rollouts, ours, phi)):
         assert figures["answer_logprob"][i].item() == pytest.approx(y.item(), rel=1e-4)
         assert figures["rationale_logprob"][i].item() == pytest.approx(z.item(), rel=1e-4)
-        total = total - (advantage * z + y) / len(rollouts)
+        if config.objective == "sft":
+            total = total - (z + y) / len(rollouts)
+            continue
+        assert figures["ref_rationale_logprob"][i].item() == pytest.approx(theirs[i][0].item(), rel=1e-4)
+        assert figures["reward"][i].item() == pytest.approx(rewards[i], rel=1e-3, abs=1e-3)
+        group = rewards[i // 4 * 4:i // 4 * 4 + 4]
+        advantage = rewards[i] - (sum(group) - rewards[i]) / 3
+        total = total - (advantage * z + config.sft_penalty * f) / len(rollouts)
     expected = torch.autograd.grad(total, list(model.parameters()))
-    for ours, theirs in zip(gradients, expected, strict=True):
-        assert (ours - theirs).norm() <= 10 * rtol * max(theirs.norm(), 1e-3)
+    for x, y in zip(gradients, expected, strict=True):
+        assert (x - y).norm() <= 10 * rtol * max(y.norm(), 1e-3)
+
+
+def test_clipping_and_work(start):
+    """max_grad_norm clips, and what is logged is the norm before; every position pushed is counted, and what was needed."""
+    model, tokenizer, examples, rtol = start
+    free, (rollouts, _, sums, gradients, _) = (one_update(
+        model, tokenizer, examples, max_grad_norm=norm, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+        for norm in (0.0, 0.01))
+    norm = sum(g.square().sum() for g in free[3]).sqrt().item()
+    assert sums["grad_norm"] / 8 == pytest.approx(norm, rel=1e-4) and norm > 0.02
+    for clipped, whole in zip(gradients, free[3], strict=True):
+        torch.testing.assert_close(clipped, whole * 0.01 / norm, rtol=1e-3, atol=1e-8)
+    tokens = sum(len(r.ids) for r in rollouts)
+    assert (sums["tokens"], sums["needed"]) == (tokens, 2 * tokens)
+    assert sums["positions"] == tokens + sum(len(r.example.prompt) + len(r.actions) for r in rollouts)
 
 
 def test_cached_scores_are_those_of_a_full_pass(start):
@@ -209,7 +255,8 @@ def test_one_rank_and_two(start, tmp_path):
     whole = one_update(model, tokenizer, examples)
     torch.save({"model": model, "tokenizer": tokenizer, "examples": examples, "rollouts": whole[0]}, tmp_path / "start.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "two.pt", weights_only=True)
     for shares in json.load(open(tmp_path / "shares.json")):  # of weights, gradients and both moments each rank holds half
@@ -225,7 +272,7 @@ def test_one_rank_and_two(start, tmp_path):
 
 
 def on_two_ranks(folder):
-    from evaluate import gather, init_distributed, rank
+    from evaluate import gather, init_distributed, on_rank_0, rank
     init_distributed()
     start = torch.load(f"{folder}/start.pt", weights_only=False)
     examples, rollouts = start["examples"][rank():rank() + 1], start["rollouts"][4 * rank():4 * rank() + 4]
@@ -240,6 +287,48 @@ def on_two_ranks(folder):
     policy, *_ = latro.set_out(halves, latro.Config(dtype="bfloat16"), torch.device("cpu"))
     for parameter, weight in zip(policy.parameters(), weights, strict=True):
         assert parameter.dtype == torch.float32 and torch.equal(latro.full(parameter.detach()), weight)
+    latro.score(policy, rollouts, 1.0, "cpu")[0].sum().backward()  # averaged in float32, not in the passes' bfloat16
+    assert any(latro.full(p.grad).bfloat16().ne(latro.full(p.grad)).any() for p in [*policy.parameters()])
+
+    with pytest.raises(data.UserError, match="on rank 0"):  # raised on both, or one would wait for the other
+        on_rank_0(lambda: os.remove("/an/error/on rank 0"))
+
+    # HSDP: copies of the shards, here of the whole weights
+    policy, *_ = latro.set_out(copy.deepcopy(start["model"]), latro.Config(dtype="float32", shard_size=1), torch.device("cpu"))
+    assert all(local(p).numel() == p.numel() for p in policy.parameters())
+
+    # a checkpoint of which one rank's file is damaged is damaged for all
+    latro.save_checkpoint(f"{folder}/checkpoints", policy, torch.optim.AdamW(policy.parameters()), {"step": 1}, 1)
+    path = f"{folder}/checkpoints/step-1"
+    assert latro.read_checkpoint(path)["step"] == 1
+    for name in sorted(latro.read_checkpoint(path)["sha256"]):
+        gather([0])
+        if rank() == 0:
+            with open(f"{path}/{name}", "r+b") as file:
+                first = file.read(1)[0]
+                file.seek(0)
+                file.write(bytes([first ^ 255]))
+        gather([0])
+        assert latro.read_checkpoint(path) is None
+        gather([0])
+        if rank() == 0:
+            with open(f"{path}/{name}", "r+b") as file:
+                file.write(bytes([first]))
+
+    # a loss that is not finite on one rank: the update is skipped on both
+    right, calls = latro.latro_loss, []
+
+    def infinite_after(*arguments):
+        calls.append(1)
+        z, y = right(*arguments)
+        return z * (float("inf") if rank() and len(calls) > 1 else 1.0), y
+
+    latro.latro_loss = infinite_after
+    config = latro.Config(rloo_k=4, per_device_train_batch_size=4, gradient_accumulation_steps=1, response_length=12, dtype="float32")
+    policy, _, sampler = latro.set_out(copy.deepcopy(start["model"]), config, torch.device("cpu"))
+    other = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    _, _, sums = latro.update(policy, None, sampler, other, start["tokenizer"], examples, ["key"], config, torch.device("cpu"))
+    assert sums["skipped"] == 4 and not other.state
     shares = gather([optimizer.shares])
     if rank() == 0:
         torch.save({"gradients": gradients, "weights": optimizer.weights}, f"{folder}/two.pt")

@@ -94,13 +94,6 @@ BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "
              "--save_total_limit", "99", "--dtype", "float32")
 
 
-@pytest.fixture
-def apart(folder, tmp_path, monkeypatch):
-    """A working directory of a test's own, where the base is made."""
-    shutil.copytree(f"{folder}/runs/cups-base", tmp_path / "runs/cups-base")
-    monkeypatch.chdir(tmp_path)
-
-
 def test_a_run_by_epochs_continues_with_another_batch(apart):
     """As on another number of ranks: it ends after as many prompts, the learning rate goes on where it was, and the step
     whose evaluation was cut off is evaluated again."""
@@ -137,6 +130,35 @@ def test_going_on_from_a_chosen_checkpoint(apart, monkeypatch):
     for name, steps in (("y", "4"), ("z", "2")):
         latro.main([*BY_EPOCHS, "--run_name", name, "--checkpoint_path", "runs/x/checkpoints/step-3", "--max_steps", steps])
         assert os.path.exists(f"runs/{name}/best") and os.path.exists(f"runs/{name}/evaluation-best.json")
+    with pytest.raises(data.UserError, match="runs/x: holds a run already"):  # another run's checkpoint does not go on here
+        latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "runs/y/checkpoints/step-4"])
+    assert len(rows("runs/x/metrics.jsonl")) == 6
+
+
+def test_steps_of_epochs():
+    """Every prompt once: the last step of the last epoch is made too, and what was consumed is not made again."""
+    config = latro.Config(num_train_epochs=2.0)  # 8 prompts a step and rank
+    assert [config.total_steps(*case) for case in ((16, 1), (17, 1), (17, 2), (1, 8), (17, 1, 3, 24))] == [4, 5, 3, 1, 5]
+    assert latro.Config(num_train_epochs=1.0, max_steps=99).total_steps(16, 1) == 99
+
+
+def test_the_best_model_so_far_outlives_a_full_disk(apart, monkeypatch):
+    """While the next one is written the old one is whole; afterwards nothing else is left of it."""
+    save, calls = latro.transformers.PreTrainedModel.save_pretrained, []
+
+    def full(*arguments, **options):
+        calls.append(load_file("runs/x/best/model.safetensors") if calls else None)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(latro.transformers.PreTrainedModel, "save_pretrained", full)
+    real, right = latro.evaluate, iter([0.0, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(latro, "evaluate", lambda *a, **k: real(*a, **k) | {"accuracy": next(right)})
+    with pytest.raises(data.UserError, match="best: cannot be written"):
+        latro.main([*BY_EPOCHS, "--run_name", "x", "--max_steps", "3", "--num_evaluations", "3"])
+    assert len(calls) == 3 and load_file("runs/x/best/model.safetensors").keys() == calls[2].keys()
+    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "samples.jsonl"]
 
 
 def test_one_job_at_a_time(apart):
@@ -157,6 +179,20 @@ def test_a_full_disk_while_a_checkpoint_is_written(folder):
                            "--run_name", "full"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{folder}/runs/full/checkpoints") == []
+
+
+def test_told_to_stop_between_checkpoints(apart, monkeypatch):
+    """No save_steps: the step that was being made is kept all the same."""
+    update = latro.update
+
+    def told(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return update(*arguments)
+
+    monkeypatch.setattr(latro, "update", told)
+    with pytest.raises(SystemExit, match="143"):
+        latro.main([*BY_EPOCHS, "--run_name", "x", "--save_steps", "99"])
+    assert latro.checkpoints("runs/x/checkpoints") == ["runs/x/checkpoints/step-1"]
 
 
 def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
@@ -268,6 +304,8 @@ def test_two_nodes(folder):
     printed = [node.communicate(timeout=200)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), printed
     assert len(rows_so_far(folder, "nodes")) == 2
+    samples = rows(f"{folder}/runs/nodes/samples.jsonl")  # of both ranks' prompts, each K times
+    assert len([row for row in samples if row["step"] == 1]) == 256 and len({row["query"] for row in samples if row["step"] == 1}) == 32
 
 
 def test_a_rank_that_dies_ends_the_job(folder, tmp_path):

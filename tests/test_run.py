@@ -50,6 +50,7 @@ def test_default_learns_to_track(default_run):
     _, run, printed = default_run
     updates, evaluations = check_run(run, 120)
     base, best = (json.load(open(f"{run}/evaluation-{name}.json")) for name in ("base", "best"))
+    assert (base["model"], best["model"]) == ("runs/cups-base/final", f"runs/{os.path.basename(run)}/best")
     assert base["n"] == best["n"] == 500 and base["split"] == "test"
     assert base["accuracy"] <= 0.30 and best["accuracy"] >= 0.97
     assert base["rationale_length"] < 2 and 11 < best["rationale_length"] < 14

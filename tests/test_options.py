@@ -1,0 +1,201 @@
+"""Every key reaches what it steers, and the figures of an evaluation and of a run are what they say."""
+import json
+import os
+import types
+
+import pytest
+import torch
+from conftest import rows
+from test_data import make_tokenizer
+
+import data
+import evaluate
+import latro
+from evaluate import interval95, majority, stop_token_ids
+
+
+def test_stop_token_ids():
+    """The end of the turn and the model's own EOS ids always; eos and pad as asked."""
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.pad_token = "<|start_header_id|>"
+    end, eos, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|eot_id|>", "<|end_of_text|>", tokenizer.pad_token))
+    for own, always in ((None, {end}), (77, {end, 77}), ([77, 78], {end, 77, 78})):
+        model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=own))
+        for name, asked in (("eos", {eos}), ("pad", {pad}), ("both", {eos, pad})):
+            assert stop_token_ids(tokenizer, model, name) == always | asked
+
+
+def test_majority_and_interval():
+    def vote(*predictions):
+        return majority([{"prediction": p, "correct": p == "1"} for p in predictions])
+
+    assert vote(None, None, "1") and vote("1", "2") and not vote("2", "1") and not vote("2", "1", "2")
+    assert not vote(None, None) and not vote()
+    assert interval95(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)  # Wilson (1927), without correction
+    assert interval95(0.9, 100) == pytest.approx([0.82563, 0.94477], abs=1e-5)
+
+
+def test_an_evaluation_is_what_its_options_say(tiny, cups):
+    model, tokenizer = tiny
+    decode, question = data.decoder(tokenizer), [cups[0], *cups[:5]]  # the first one twice
+
+    def judged(**options):
+        return evaluate.evaluate(model, tokenizer, question, "number", response_length=16, num_samples=3,
+                                 **{"stop_seqs": [" cup"]} | options)
+
+    def outputs(result):
+        return [[s["output"] for s in row["samples"]] for row in result["rows"]]
+
+    result = judged()
+    assert result["rows"][0]["output"] == result["rows"][1]["output"]  # greedy
+    assert outputs(result)[0] != outputs(result)[1]  # each row and sample has randomness of its own
+    assert len({*outputs(result)[0]}) > 1 and outputs(judged()) == outputs(result) != outputs(judged(seed=1))
+    cold = judged(temperature=1e-6)
+    assert all(o == row["output"] for row, three in zip(cold["rows"], outputs(cold)) for o in three)
+    some = [(s, tokenizer.encode(s["output"])) for row in result["rows"] for s in [row, *row["samples"]]]
+    some = [(s, ids) for s, ids in some if decode(ids) == s["output"]]
+    for s, ids in some:
+        n, _, finished = evaluate.truncate(ids, {2}, [" cup"], decode)
+        assert (s["rationale_length"], s["finished"]) == (n, finished or len(ids) < 16)
+    assert len(some) > 9 and {(" cup" in s["output"], s["finished"]) for s, _ in some} >= {(True, True), (False, False)}
+    for example, row in zip(question, result["rows"]):
+        assert row["answer_logprob"] == pytest.approx(sum(s["answer_logprob"] for s in row["samples"]) / 3)
+        y = example.answers[0]
+        logprobs = model(torch.tensor([example.prompt + y])).logits[0, len(example.prompt) - 1:-1].log_softmax(-1)
+        assert row["answer_logprob_no_rationale"] == pytest.approx(logprobs[range(len(y)), y].sum().item(), abs=1e-4)
+
+
+def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
+    """Keys of the command line, of the run that the model belongs to, and what another dataset leaves out."""
+    model, tokenizer = data.embedded_model()
+    loaded, judged, asked = [], [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_model", lambda *a: loaded.append(a) or (model, tokenizer))
+    monkeypatch.setattr(evaluate, "load_rows", lambda *a: asked.append(a) or data.load_rows("cups", "test")[:9])
+    monkeypatch.setattr(evaluate, "resolve_dtype", lambda name, device: name)
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: judged.append((a, k)) or real(*a, **k | {"response_length": 2}))
+    keys = {"dataset_path": "p", "grader": "text", "limit": 3, "num_samples": 2, "response_length": 21, "temperature": 0.5,
+            "stop_token": "pad", "stop_seqs": [" cup", "x"], "per_device_eval_batch_size": 5, "dtype": "bfloat16",
+            "attn_implementation": "eager", "trust_remote_code": True}
+    os.makedirs("runs/r/best")
+    with open("runs/r/config.yaml", "w") as file:
+        json.dump({"model_name_or_path": "m", "dataset_name": "jsonl", "seed": 7} | keys, file)
+    words = [w for k, v in keys.items() for w in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
+    elsewhere = ["--model", "best", "--dataset_name", "jsonl", "--seed", "7", "--split", "validation", *words]
+    for argv, seed, split in ((elsewhere, 7, "validation"), (["--model", "runs/r/best"], 0, "test")):
+        evaluate.main(argv)
+        assert asked.pop() == ("jsonl", split, "p", 0)
+        _, dtype, _, *rest = loaded.pop()
+        assert (dtype, *rest) == ("bfloat16", "eager", True)
+        (_, _, examples, grader), options = judged.pop()
+        assert len(examples) == 3 and grader == "text"
+        assert options == {"response_length": 21, "num_samples": 2, "temperature": 0.5, "stop_token": "pad",
+                           "stop_seqs": [" cup", "x"], "batch_size": 5, "seed": seed, "title": "best"}
+    evaluate.main(["--model", "runs/r/best", "--dataset_name", "gsm8k", "--few_shot", "2", "--split", "train"])
+    assert asked.pop() == ("gsm8k", "train", None, 2) and judged.pop()[0][3] == "number"
+
+
+def test_newest_run(tmp_path, monkeypatch):
+    """By time, not by name; the making of the base does not count."""
+    monkeypatch.chdir(tmp_path)
+    for name, model, age in (("b", "m", 3), ("z", "m", 9), ("cups-base", "embedded", 0)):
+        os.makedirs(f"runs/{name}/best")
+        for file in ("best/config.json", "config.yaml"):
+            with open(f"runs/{name}/{file}", "w") as out:
+                out.write(f"model_name_or_path: {model}\n")
+        os.utime(f"runs/{name}/config.yaml", (1e9 - age, 1e9 - age))
+    assert evaluate.newest_run() == "runs/b"
+
+
+def test_data_order():
+    """A pure function of the seed and of the prompts consumed: each once an epoch, every epoch in another order."""
+    epochs = [latro.prompt_indices(seed, 20 * epoch, 20, 20) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len({*map(tuple, epochs)}) == 3
+    assert latro.prompt_indices(0, 15, 10, 20) == epochs[0][15:] + epochs[1][:5]
+
+
+SHORT = ("--config", "tiny.yaml", "--sanity_check", "true", "--num_samples", "0", "--gradient_accumulation_steps", "1",
+         "--per_device_train_batch_size", "8", "--response_length", "8")
+
+
+def test_every_key_of_training_arrives(apart, monkeypatch):
+    seen, drawn, made, whole, generate, set_out = [], [], [], latro.update, latro.generate, latro.set_out
+    monkeypatch.setattr(latro, "update", lambda *a: seen.append(a) or whole(*a))
+    monkeypatch.setattr(latro, "generate", lambda *a, **k: drawn.append((a, k)) or generate(*a, **k))
+    monkeypatch.setattr(latro, "set_out", lambda *a: made.append(set_out(*a)) or made[-1])
+    chosen, keys = [], []
+    for seed in ("0", "1"):
+        latro.main([*SHORT, "--max_steps", "3", "--seed", seed, "--run_name", seed, "--rloo_k", "4", "--stop_token", "both",
+                    "--stop_seqs", "Hmm", "--temperature", "0.7", "--rollout_batch_size", "5", "--kl_coef", seed,
+                    "--gradient_checkpointing", "true", "--dtype", "bfloat16" if seed == "1" else "float32"])
+        chosen += [[e.row["queries"] for e in a[5]] for a in seen]
+        keys += [key for a in seen for key in a[6]]
+        (policy, reference, *_), *_ = seen
+        assert (reference is None) is (seed == "0")  # kl_coef
+        optimizer = seen[0][3]
+        assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["weight_decay"] == 0
+        (_, prompts, length), options = drawn[0]
+        assert len(prompts) == 2 and length == 8 and options["temperature"] == 0.7 and options["batch_size"] == 5
+        assert options["stop_ids"] == {1, 2} and options["stop_seqs"] == ["Hmm"] and options["num_samples"] == 4
+        assert made[0][2].dtype == (torch.bfloat16 if seed == "1" else torch.float32)
+        layer = latro.decoder_layers(policy.forward.__self__.model)[0]
+        assert getattr(layer.forward, "func", None) is latro.checkpoint
+        steps = [row for row in rows(f"runs/{seed}/metrics.jsonl") if "reward" in row]
+        assert [row["lr"] for row in steps] == pytest.approx([3e-4 * (1 - i / 3) for i in range(3)])
+        assert all(1 <= row["work_ratio"] <= 1.10 for row in steps) or seed == "1"
+        for calls in (seen, drawn, made):
+            calls.clear()
+    assert len({*map(str, chosen)}) == 6 and len({*keys}) == 12  # the order and the randomness are the seed's and the step's
+
+
+def test_the_best_model_is_that_of_validation(apart, monkeypatch):
+    """Of equals the later; judged on validation rows, by training's own settings."""
+    accuracies, exported, judged, export, real = iter([0.9, 0.5, 0.2, 0.5, 0.1]), [], [], latro.export, latro.evaluate
+    monkeypatch.setattr(latro, "export", lambda folder, *a: exported.append(os.path.basename(folder)) or export(folder, *a))
+
+    def fixed(*arguments, **options):
+        judged.append((arguments, options))
+        exported.append(len(judged) - 1)
+        return real(*arguments, **options) | {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr(latro, "evaluate", fixed)
+    latro.main([*SHORT, "--max_steps", "4", "--num_evaluations", "4", "--run_name", "x", "--stop_token", "pad", "--stop_seqs",
+                "Hmm", "--per_device_eval_batch_size", "3", "--seed", "5"])
+    assert exported == [0, 1, "best", 2, 3, "best", 4, "final"]
+    expected = [row["queries"] for row in data.load_rows("cups", "validation")[:4]]
+    for (_, _, examples, grader), options in judged:
+        assert [e.row["queries"] for e in examples] == expected and grader == "number"
+        assert {k: v for k, v in options.items() if k != "title"} == {
+            "response_length": 8, "stop_token": "pad", "stop_seqs": ["Hmm"], "seed": 5, "batch_size": 3}
+    assert len(json.load(open("runs/x/evaluation-best.json"))["rows"]) == 4  # sanity_check
+
+
+def test_a_models_own_code_runs_by_its_key_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in (False, True):
+        seen = []
+        monkeypatch.setattr(latro, "load_model", lambda *a: seen.append(a) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            latro.main(["--model_name_or_path", "m", "--dataset_name", "cups", "--attn_implementation", "eager",
+                        *(["--trust_remote_code", "true"] if key else [])])
+        assert seen[0][0] == "m" and seen[0][3:] == ("eager", key)
+
+
+def test_limit_and_sanity_check():
+    model, tokenizer = data.embedded_model()
+    for keys, sizes in (({"limit": 7}, [3600, 7, 7]), ({"sanity_check": True}, [16, 4, 4])):
+        examples, _ = latro.load_examples(latro.Config(dataset_name="cups", response_length=24, **keys), model, tokenizer)
+        assert [len(examples[name]) for name in ("train", "validation", "closing")] == sizes
+
+
+def test_nine_in_a_row_are_forgiven(apart, monkeypatch):
+    right, calls = latro.rollout_rewards, []
+
+    def often_nan(*arguments):
+        calls.append(1)
+        return right(*arguments) * (1.0 if len(calls) % 10 == 0 else float("nan"))
+
+    monkeypatch.setattr(latro, "rollout_rewards", often_nan)
+    latro.main([*SHORT, "--max_steps", "20", "--num_evaluations", "1", "--run_name", "x"])
+    assert [row["skipped"] for row in rows("runs/x/metrics.jsonl") if "reward" in row] == ([1] * 9 + [0]) * 2
