@@ -76,6 +76,8 @@ def load_model(path: str, dtype: torch.dtype | str, device: torch.device | str =
             use_safetensors=True, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        if getattr(model, "_is_stateful", False):
+            raise ValueError("it keeps a state, where generate needs keys and values")
     except Exception as error:  # transformers raises dozens of types: no network, no config, a broken file, no access
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {path}: cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
@@ -145,7 +147,8 @@ def generate(
     row takes its place. Each prompt is prefilled once. Row i belongs to prompt i // num_samples.
 
     model: a transformers causal LM. temperature: 0 is greedy. uniforms: (rows, max_new_tokens) in [0, 1), all the
-    randomness: row i's t-th token inverts the CDF at uniforms[i, t], whatever else is in the batch.
+    randomness: row i's t-th token inverts the CDF at uniforms[i, t], whatever else is in the batch (but for rotary
+    tables that grow with the longest row, as Phi-3.5's beyond 4,096 tokens). Default: torch.rand's.
     continuations(i, ids) → (n, y), called when row i has ended: before it leaves, y (at most `room` tokens) is fed
     after prompt⊕ids[:n] on its cache, which scores it without a second pass over the prompt.
     look_every: steps until the host looks at the tokens again (default 1; 16 on a GPU, which then waits for it less
@@ -165,6 +168,8 @@ def generate(
     length = 0  # slots in use: every row of the batch ends there, so that one index serves all
     visible, places = 0, torch.empty(0)  # in a step: slots that are attended to, and (fed,) those of what is fed
     graphs: dict[int, Callable] = {}  # captured steps by their number of rows
+    if getattr(model, "_is_stateful", False):
+        raise ValueError("the model keeps a state (Mamba, RWKV, …), not keys and values")
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
     if capture is not None and set(layers) != {"full_attention"}:
@@ -195,7 +200,8 @@ def generate(
     waiting = list(range(rows))[::-1]  # the next row is the last
     out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
     ended = set()  # rows that have, and whose y is being scored
-    uniforms = torch.zeros(rows, max_new_tokens) if temperature == 0 else uniforms
+    if uniforms is None or temperature == 0:
+        uniforms = torch.rand(rows, max_new_tokens, dtype=torch.float64)
     uniforms = nn.functional.pad(uniforms.to(device), (0, look_every))  # for what is sampled past an end
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
 
@@ -405,7 +411,7 @@ class Scorer(nn.Module):
         self.model = model
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        config, logits = self.model.config, self.model.get_output_embeddings()(hidden)
+        config, logits = self.model.config.get_text_config(), self.model.get_output_embeddings()(hidden)
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if scale := getattr(config, "logits_scaling", None):  # Granite
@@ -548,7 +554,8 @@ def print_results(results: dict[str, dict]) -> None:
     labels = {"accuracy": "greedy accuracy", "maj_at_k": f"maj@{first['num_samples']}",
               "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
               "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
-    print(f"\n{first['n']} questions, [95% interval]".ljust(32) + "".join(f"{name:>24}" for name in results))
+    print(f"\n{first['split']}: {first['n']} questions; rates with their 95% interval")
+    print(" " * 31 + "".join(f"{name:>24}" for name in results))
     for name in (name for name in labels if name in first):
         cells = [f"{r[name]:.1%} [{r[f'{name}_ci95'][0]:.1%}, {r[f'{name}_ci95'][1]:.1%}]" if name in RATES
                  else f"{r[name]:.3f}" for r in results.values()]
@@ -763,6 +770,8 @@ def main(argv: list[str], run: str | None = None) -> None:
         models = {os.path.basename(os.path.normpath(s.model)): s.model}
     else:
         models = {"base": config["model_name_or_path"], "best": os.path.join(run, "best")}
+    if s.model and read_run(s.model):
+        raise UserError(f"model {s.model}: a run, not a model; give {os.path.join(s.model, 'best')}")
     if s.dataset_name is None:
         raise UserError(f"dataset_name: which one? {', '.join(DATASETS)}")
     split = s.split or ("all" if os.path.isfile(s.dataset_path or "") else "test")
@@ -778,7 +787,9 @@ def main(argv: list[str], run: str | None = None) -> None:
                           stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed)
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
-        part = f"-{s.dataset_name}" * other + f"-{s.limit}" * (not closing and s.limit != config.get("limit"))
+        usual = "validation" if os.path.isfile(s.dataset_path or "") else "test"
+        part = f"-{s.dataset_name}" * other + f"-{split}" * (split != usual) + (
+            f"-{s.limit}" * (not closing and s.limit != config.get("limit")))
         folder = run if config else "."
         outs = {label: s.out or os.path.join(folder, f"evaluation-{label}{part}.json") for label in results}
         for label, result in results.items():  # before anything is printed: the pipe may be closed

@@ -12,12 +12,18 @@ here=$(cd "$(dirname "$0")" && pwd)
 source "$here/tests/setup.sh" "$here/requirements.txt"
 if [ -f "$here/.env" ]; then set -a; source "$here/.env"; set +a; fi
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+# Threads that wait for others sleep soon: where other programs run too, spinning ones made a step 25 times slower.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
+# Seconds that torchrun leaves the ranks to end their step and save it, when it is told to stop; 30 by itself.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / processes ))}
 
 nodes=${NNODES:-${SLURM_NNODES:-1}}
+if [ "$nodes" = 1 ] && [ "$processes" = 1 ]; then exec "$python" "$here/latro.py" "$@"; fi
 where=(--standalone)
 if [ "$nodes" -gt 1 ]; then
-    address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
-    where=(--nnodes "$nodes" --node_rank "${NODE_RANK:-$SLURM_NODEID}" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
+    number=${NODE_RANK:-${SLURM_NODEID:?is not set, nor is NODE_RANK, the number of this node}}
+    address=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is not set, nor is MASTER_ADDR}" | sed -n 1p)}
+    where=(--nnodes "$nodes" --node_rank "$number" --master_addr "$address" --master_port "${MASTER_PORT:-29500}")
 fi
 exec "$here/.venv/bin/torchrun" "${where[@]}" --nproc_per_node "$processes" "$here/latro.py" "$@"

@@ -357,6 +357,7 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     numbers = (*loss.tolist(), norm.item(), 1 - finite.item())  # read here: a GPU's work is done when they are
     clock.append(time.perf_counter())
 
+    kl = kl if reference is not None else torch.full_like(kl, math.nan)  # not 0: not measured
     figures |= {"ref_rationale_logprob": figures["rationale_logprob"] - kl, "kl": kl, "advantage": advantages,
                 "reward": rewards if latro else figures["answer_logprob"],
                 "rationale_length": torch.tensor([len(r.rationale) for r in rollouts], dtype=torch.float64)}
@@ -679,7 +680,7 @@ def draw_curves(directory: str) -> None:
               ("rationale_length", "rationale length, tokens"), ("kl", "KL to the starting point, nats")]
     for axis, (name, title) in zip(axes.flat, panels):
         for shown, style, label in curves:
-            points = [(row["step"], row[name]) for row in shown if name in row]
+            points = [(row["step"], row[name]) for row in shown if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
         axis.set_title(title, fontsize=10)
@@ -802,8 +803,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         if state["skipped_in_a_row"] == 10:
             raise FloatingPointError(f"step {row['step']}: ten updates in a row had a reward, loss or gradient that is "
                                      f"not finite; lower learning_rate; the best model so far is in {directory}/best")
-        bar.set_postfix_str(f"reward {row['reward']:.3f}, kl {row['kl']:.2f}, "
-                            f"length {row['rationale_length']:.1f}", refresh=False)
+        kl = f"kl {row['kl']:.2f}, " if reference is not None else ""
+        bar.set_postfix_str(f"reward {row['reward']:.3f}, {kl}length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
             save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state, config.save_total_limit)
@@ -814,9 +815,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         signal.signal(number, handler)
     if told_to_stop:
         if rank() == 0:
-            ranks = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}" if world_size() > 1 else "python"
-            print(f"stopped after step {state['step']}; continue with\n{ranks} {shlex.join(sys.argv)} "
-                  f"--run_name {config.run_name} --checkpoint_path latest", flush=True)
+            print(f"stopped after step {state['step']}; to continue, add to the same command\n"
+                  f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest", flush=True)
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -917,8 +917,14 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
             + 3 * 1024 * c.vocab_size * 4 + gathered}
 
 
+def check_shards(config: Config, ranks: int) -> None:
+    if ranks % (config.shard_size or 1):
+        raise UserError(f"shard_size: {config.shard_size} does not divide the {ranks} ranks")
+
+
 def dry_run(config: Config) -> None:
     """Print what a run would need and do, from the model's config alone; UserError where gpu_memory is too little."""
+    check_shards(config, config.dry_run)
     with torch.device("meta"):
         if config.model_name_or_path.endswith("cups-base/final"):
             model = embedded_model()[0]
@@ -930,8 +936,8 @@ def dry_run(config: Config) -> None:
     for name, size in (needs | {"together": sum(needs.values())}).items():
         print(f"  {name:<44}{size / 2**30:10.3f}")
     prompts, sequences = config.prompts * ranks, config.sequences * ranks
-    print(f"\nper step: {prompts} prompts, {sequences} rollouts, "
-          f"up to {sequences * config.response_length:,} sampled tokens")
+    sampled = f"{sequences} rollouts, up to {sequences * config.response_length:,} sampled tokens"
+    print(f"\nper step: {prompts} prompts" + (f", {sampled}" if config.objective == "latro" else ""))
     try:
         count = len(load_rows(config.dataset_name, "train", config.dataset_path))
         print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, "
@@ -939,12 +945,11 @@ def dry_run(config: Config) -> None:
     except UserError as error:
         print(f"steps: unknown, since {error}")
     if config.gpu_memory and sum(needs.values()) > config.gpu_memory * 2**30:
-        worst = max(needs, key=needs.get)
-        change = {"KV cache": "rollout_batch_size", "activations and gathered layers (estimate)":
-                  "per_device_train_batch_size, or set gradient_checkpointing", "sampling copy": "the model's size",
-                  "reference": "kl_coef to 0"}.get(worst, "what a rank holds: more ranks, or a larger shard_size")
-        raise UserError(f"gpu_memory: {sum(needs.values()) / 2**30:.1f} GiB are needed and {config.gpu_memory} given; "
-                        f"most by {worst}: lower {change}")
+        raise UserError(
+            f"gpu_memory: {sum(needs.values()) / 2**30:.1f} GiB are needed and {config.gpu_memory} given, most by "
+            f"{max(needs, key=needs.get)}; lower rollout_batch_size and per_device_eval_batch_size (KV cache), "
+            "per_device_train_batch_size or set gradient_checkpointing (activations), kl_coef to 0 (reference), or "
+            "take more ranks or a smaller model")
 
 
 def load_meta(path: str, trust_remote_code: bool) -> nn.Module:
@@ -969,8 +974,7 @@ def main(argv: list[str]) -> None:
                                   config.trust_remote_code)
     examples, grader = load_examples(config, model, tokenizer)
     check_head(model, examples["train"][0].prompt)
-    if world_size() % (config.shard_size or 1):
-        raise UserError(f"shard_size: {config.shard_size} does not divide the {world_size()} ranks")
+    check_shards(config, world_size())
     if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb") is None:
         raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     if config.checkpoint_path != "latest":
@@ -981,7 +985,9 @@ def main(argv: list[str]) -> None:
     if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):
         train(config, directory, model, tokenizer, examples, grader, device)
     elif os.path.exists(os.path.join(directory, "evaluation-best.json")):
-        return print(f"{directory}: finished already") if rank() == 0 else None
+        if rank() == 0:
+            print(f"{directory}: finished already; to train on, name one of its checkpoints with --checkpoint_path")
+        return
     del model
     limit = ["--limit", "4"] if config.sanity_check else []
     evaluate_main(["--split", closing_split(config), "--grader", grader, *limit], directory)

@@ -1,5 +1,6 @@
 """Sampling, truncation and scoring against slow, obvious references, and against transformers on a real model."""
 import copy
+import types
 
 import pytest
 import torch
@@ -351,6 +352,18 @@ def test_architectures(name):
         columns = torch.arange(len(prompt) + n, len(whole))
         ours = Scorer(model)(torch.tensor([whole]), torch.zeros(4, dtype=torch.long), columns, torch.tensor(y), torch.ones(4))
         torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_composite_models_scale_and_a_state(tiny, monkeypatch):
+    """What scales the logits stands in the text's part of a composite config; a model with a state has no such cache."""
+    text = types.SimpleNamespace(final_logit_softcapping=3.0)
+    hidden = torch.randn(5, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny[0], "config", types.SimpleNamespace(get_text_config=lambda: text))
+        torch.testing.assert_close(Scorer(tiny[0]).head(hidden), 3 * torch.tanh(tiny[0].lm_head(hidden) / 3))
+    monkeypatch.setattr(tiny[0], "_is_stateful", True)
+    with pytest.raises(ValueError, match="keeps a state"):
+        generate(tiny[0], [[3]], 2)
 
 
 def test_an_unknown_scale_of_the_logits_is_an_error(tiny, cups, monkeypatch):

@@ -11,6 +11,7 @@ import types
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import evaluate
 import latro
@@ -90,6 +91,11 @@ def place(tmp_path_factory):
     (place / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (place / "runs/held").mkdir(parents=True)
     write("runs/held/config.yaml", "dataset_name: cups")
+    (place / "runs/trained").mkdir()
+    write("runs/trained/config.yaml", "dataset_name: cups\nmodel_name_or_path: m")
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4,
+                                   n_groups=1)).save_pretrained(place / "mamba")
+    tokenizer.save_pretrained(place / "mamba")
     write("a_file", "x")
     return place
 
@@ -151,6 +157,8 @@ JUDGING = [
     ("--model model --dataset_name cups --response_length -1", "response_length"),
     ("--model model --dataset_name cups --limit 2 --out nowhere/x.json", "nowhere/x.json"),
     ("--model model --dataset_name cups --limit 2 --out runs", "out runs: not a file"),
+    ("--model runs/trained", "runs/trained: a run, not a model; give runs/trained/best"),
+    ("--model mamba --dataset_name cups", "mamba: cannot be loaded .it keeps a state"),
 ]
 
 
@@ -269,8 +277,8 @@ def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypat
     monkeypatch.setattr(evaluate, "print_results", lambda results: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main([*arguments, "--model", "model"])
-    assert seen[1:] == ["text"] and json.load(open("evaluation-model-jsonl-1.json"))["n"] == 1
-    os.remove("evaluation-model-jsonl-1.json")
+    assert seen[1:] == ["text"] and json.load(open("evaluation-model-jsonl-all-1.json"))["n"] == 1
+    os.remove("evaluation-model-jsonl-all-1.json")
 
 
 def test_good_rows_load(place):

@@ -58,6 +58,7 @@ else:
     path = f"{here}/.venv/bin:{os.environ['PATH']}"
     for block in BLOCKS:
         subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=here, env=os.environ | {"PATH": path}, check=True)
+    subprocess.run([here / "fsdp_launch.sh", "--seed", "9"], env=os.environ | {"PATH": path, "NPROC": "1"}, check=True)
     with open(here / "log") as log:
         return [json.loads(line) for line in log]
 
@@ -72,6 +73,7 @@ def test_commands_are_found(commands):
     assert len(commands) > 20 and ["-m", "pytest"] in [words[1:3] for words in commands]
     assert {os.path.basename(w) for words in commands for w in words if w.endswith(".py")} == {
         "latro.py", "evaluate.py", "bench.py", "study.py", "kill.py"}
+    assert (["--seed", "9"], ["python"]) in arguments_of(commands, "latro.py")  # one process: no torchrun around it
     launched = [" ".join(before) for _, before in arguments_of(commands, "latro.py") if "--node_rank" in before]
     assert any("--node_rank 0 --master_addr host0" in words for words in launched)
     assert any("--node_rank 1 --master_addr n0 --master_port 29500 --nproc_per_node 8" in words for words in launched)

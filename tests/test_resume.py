@@ -395,8 +395,12 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert "8,030,261,248 parameters" in printed and "24 prompts, 384 rollouts" in printed and "90 training prompts" in printed
     assert "together                                        48.613" in printed
     assert sorted(os.listdir(tmp_path)) == ["llama", "my.jsonl"]
-    with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given; most by sampling copy"):
+    with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given, most by sampling copy; lower"):
         latro.main([*arguments, "24"])
+    with pytest.raises(data.UserError, match="shard_size: 3 does not divide the 8 ranks"):
+        latro.main([*arguments, "80", "--shard_size", "3"])
+    latro.main([*arguments, "80", "--objective", "sft"])
+    assert "per step: 384 prompts\n" in capsys.readouterr().out
 
 
 def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
