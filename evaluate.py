@@ -703,7 +703,7 @@ class Common:
     dataset_name: str | None = key(None, f"one of {', '.join(DATASETS)}")
     dataset_path: str | None = key(None, "a local folder or file of the same columns in place of the hub")
     grader: str | None = key(None, "how answers are compared; default: the dataset's", (*GRADERS, None))
-    limit: int | None = key(None, "evaluate the first so many rows only")
+    limit: int | None = key(None, "rows that are evaluated, the first ones; training takes all")
     num_samples: int = key(0, "samples per question for maj@k and log π(y|x⊕z) in the table; 0: greedy only")
     response_length: int = key(500, "L, tokens of a rationale at most")
     temperature: float = key(1.0, "that rationales are sampled and scored at")
