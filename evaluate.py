@@ -777,7 +777,7 @@ def main(argv: list[str], run: str | None = None) -> None:
     split = s.split or ("all" if os.path.isfile(s.dataset_path or "") else "test")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader, device, results = choose_grader(s.grader, s.dataset_name, rows), init_distributed(), {}
-    rows = rows[:s.limit]  # another few would not be graded otherwise
+    rows = rows[:s.limit]  # after the grader is chosen: a few rows may all be numbers
     for label, folder in models.items():
         model, tokenizer = load_model(folder, resolve_dtype(s.dtype, device), device, s.attn_implementation,
                                       s.trust_remote_code)
@@ -788,8 +788,8 @@ def main(argv: list[str], run: str | None = None) -> None:
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
         usual = "validation" if os.path.isfile(s.dataset_path or "") else "test"
-        part = f"-{s.dataset_name}" * other + f"-{split}" * (split != usual) + (
-            f"-{s.limit}" * (not closing and s.limit != config.get("limit")))
+        part = f"-{s.dataset_name}" * other + f"-{split}" * (split != usual) + f"-{s.few_shot}-shot" * (s.few_shot > 0)
+        part += f"-{s.limit}" * (not closing and s.limit != config.get("limit"))  # its own name: nothing is overwritten
         folder = run if config else "."
         outs = {label: s.out or os.path.join(folder, f"evaluation-{label}{part}.json") for label in results}
         for label, result in results.items():  # before anything is printed: the pipe may be closed

@@ -979,8 +979,8 @@ def main(argv: list[str]) -> None:
         raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     if config.checkpoint_path != "latest":
         find_checkpoint(config, "")  # before anything is written
-    directory, locks = on_rank_0(lambda: make_directory(config)), []
-    on_rank_0(lambda: locks.append(lock(directory)))
+    directory, held = on_rank_0(lambda: make_directory(config)), []
+    on_rank_0(lambda: held.append(lock(directory)))  # until this function ends
     config.run_name = os.path.basename(directory)
     if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):
         train(config, directory, model, tokenizer, examples, grader, device)

@@ -94,6 +94,7 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
                            "stop_seqs": [" cup", "x"], "batch_size": 5, "seed": seed, "title": "best"}
     evaluate.main(["--model", "runs/r/best", "--dataset_name", "gsm8k", "--few_shot", "2", "--split", "train"])
     assert asked.pop() == ("gsm8k", "train", None, 2) and judged.pop()[0][3] == "number"
+    assert sorted(os.listdir("runs/r")) == ["best", "config.yaml", "evaluation-best-gsm8k-train-2-shot.json", "evaluation-best.json"]
 
 
 def test_newest_run(tmp_path, monkeypatch):
