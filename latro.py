@@ -871,15 +871,17 @@ def make_embedded_base(run: str, device) -> None:
 
     def start():
         print(f"making the base model {run}/final (once)", flush=True)
-        os.makedirs(os.path.dirname(run) or ".", exist_ok=True)
-        return tempfile.mkdtemp(prefix=".cups-base-", dir=os.path.dirname(run) or ".")
+        where = os.path.dirname(run) or "."
+        os.makedirs(where, exist_ok=True)
+        partial = os.path.join(tempfile.mkdtemp(prefix=".making-", dir=where), os.path.basename(run))
+        os.mkdir(partial)  # under its own name, which its curves bear
+        return partial
 
     def finish():
-        if os.path.isdir(os.path.join(run, "final")):  # another process was faster
-            shutil.rmtree(partial)
-        else:
+        if not os.path.isdir(os.path.join(run, "final")):  # else another process was faster
             shutil.rmtree(run, ignore_errors=True)
             os.rename(partial, run)
+        shutil.rmtree(os.path.dirname(partial))
 
     partial = on_rank_0(start)
     torch.manual_seed(config.seed)
