@@ -683,6 +683,8 @@ def draw_curves(directory: str) -> None:
             points = [(row["step"], row[name]) for row in shown if row.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
+        if not axis.lines:  # the KL without a reference
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0, 1].set_ylim(-0.02, 1.02)
