@@ -173,12 +173,11 @@ def jsonl(split: str, path: str | None = None) -> list[dict]:
     rows = raw_rows(path, split, path)
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}: column"
-        for name in ("queries", "responses", "groundtruth"):
-            if column(row, name, f"{path}, row {number}", object) in ("", []):
+        for name, kind in (("queries", object), ("responses", str), ("groundtruth", object)):
+            if column(row, name, f"{path}, row {number}", kind) in ("", []):
                 raise UserError(f"{where} {name} is empty")
-        for name in ("responses", "rationales"):
-            if not isinstance(row.get(name) or "", str):
-                raise UserError(f"{where} {name} is no string")
+        if not isinstance(row.get("rationales") or "", str):
+            raise UserError(f"{where} rationales is no string")
         messages = row["queries"] if isinstance(row["queries"], list) else user(row["queries"])
         if not all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
                    for m in messages):

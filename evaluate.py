@@ -787,8 +787,8 @@ def main(argv: list[str], run: str | None = None) -> None:
                           stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed)
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
     if rank() == 0:
-        usual = "validation" if os.path.isfile(s.dataset_path or "") else "test"
-        part = f"-{s.dataset_name}" * other + f"-{split}" * (split != usual) + f"-{s.few_shot}-shot" * (s.few_shot > 0)
+        part = f"-{s.dataset_name}" * other + f"-{split}" * (split != closing_split(s.dataset_path))
+        part += f"-{s.few_shot}-shot" * (s.few_shot > 0)
         part += f"-{s.limit}" * (not closing and s.limit != config.get("limit"))  # its own name: nothing is overwritten
         folder = run if config else "."
         outs = {label: s.out or os.path.join(folder, f"evaluation-{label}{part}.json") for label in results}
@@ -801,6 +801,11 @@ def main(argv: list[str], run: str | None = None) -> None:
             print_rollouts(samples)
         for label, out in outs.items():
             print(f"{label}: every row in {out}")
+
+
+def closing_split(dataset_path: str | None) -> str:
+    """What a run's closing table is made of: a single file has no test rows."""
+    return "validation" if os.path.isfile(dataset_path or "") else "test"
 
 
 def context_left(model: nn.Module, response_length: int) -> int | None:

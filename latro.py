@@ -50,9 +50,9 @@ from tqdm import tqdm
 
 from data import (DATASETS, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, load_rows,
                   make_examples, read_jsonl)
-from evaluate import (Common, Parser, Scorer, check_range, context_left, evaluate, gather, generate, init_distributed,
-                      key, load_model, on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, stop_token_ids,
-                      truncate, uniform_rows, world_size)
+from evaluate import (Common, Parser, Scorer, check_range, closing_split, context_left, evaluate, gather, generate,
+                      init_distributed, key, load_model, on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script,
+                      stop_token_ids, truncate, uniform_rows, world_size)
 from evaluate import main as evaluate_main
 
 
@@ -715,7 +715,7 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
 
     "closing" are the rows of the closing table, which nothing is chosen on; a single file has only validation rows.
     """
-    splits = {"train": "train", "validation": "validation", "closing": closing_split(config)}
+    splits = {"train": "train", "validation": "validation", "closing": closing_split(config.dataset_path)}
     limits = {"train": 16, "validation": 4, "closing": 4} if config.sanity_check else {}
     rows = {k: load_rows(config.dataset_name, v, config.dataset_path) for k, v in splits.items()}
     grader = choose_grader(config.grader, config.dataset_name, [row for part in rows.values() for row in part])
@@ -728,10 +728,6 @@ def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Exam
             raise UserError(f"a prompt, its rationale and its answer take {longest} tokens, and the model's context "
                             f"has {whole}; shorten or drop the longest rationales")
     return examples, grader
-
-
-def closing_split(config: Config) -> str:
-    return "validation" if os.path.isfile(config.dataset_path or "") else "test"
 
 
 def train(config: Config, directory: str, model, tokenizer, examples: dict[str, list[Example]], grader: str,
@@ -994,7 +990,7 @@ def main(argv: list[str]) -> None:
         return
     del model
     limit = ["--limit", "4"] if config.sanity_check else []
-    evaluate_main(["--split", closing_split(config), "--grader", grader, *limit], directory)
+    evaluate_main(["--split", closing_split(config.dataset_path), "--grader", grader, *limit], directory)
     if rank() == 0:
         print(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 
