@@ -214,8 +214,8 @@ DATASETS: dict[str, tuple[Callable, str | None]] = {
 def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0) -> list[dict]:
     """Rows of split "train", "validation", "test" or "all" of the dataset `name`.
 
-    Validation is a tenth of the training rows, at most 500, drawn with a seed that never changes: a model is never
-    chosen on rows that it trained on, nor on the test split. A single JSONL file has no test split: "all" is all of it.
+    Validation is a tenth of the training questions, at most 500, drawn with a seed that never changes: a model is never
+    chosen on questions that it trained on, nor on the test split. A single JSONL file has no test split: "all" is all of it.
     """
     if name not in DATASETS:
         raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
@@ -230,12 +230,13 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
     parts = ["train", "test"] if both else ["test" if split == "test" else "train"]
     rows = [row for part in parts for row in DATASETS[name][0](part, path, **options)]
     if split in ("train", "validation"):
-        if len(rows) < 2:
-            raise UserError(f"dataset {name}: {len(rows)} training rows; at least 2 are needed, one to validate on")
-        order = list(range(len(rows)))
-        random.Random("validation").shuffle(order)
-        held_out = set(order[:max(1, min(500, len(rows) // 10))])
-        rows = [row for i, row in enumerate(rows) if (i in held_out) == (split == "validation")]
+        questions = list(dict.fromkeys(str(row["queries"]) for row in rows))
+        if len(questions) < 2:
+            raise UserError(f"dataset {name}: {len(questions)} training questions; at least 2 are needed, one to "
+                            "validate on")
+        random.Random("validation").shuffle(questions)
+        held_out = set(questions[:max(1, min(500, len(questions) // 10))])
+        rows = [row for row in rows if (str(row["queries"]) in held_out) == (split == "validation")]
     if not rows:
         raise UserError(f"dataset {name}, split {split}: no rows")
     return rows

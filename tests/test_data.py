@@ -72,6 +72,15 @@ def test_the_hubs_configurations_are_joined(monkeypatch):
         "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")]
 
 
+def test_the_rows_of_a_question_stay_together(tmp_path):
+    rows = [{"queries": f"{i % 30}?", "responses": f"Way {i}. The answer is 1.", "groundtruth": "1"} for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [load_rows("jsonl", split, str(tmp_path / "rows.jsonl")) for split in ("train", "validation")]
+    assert list(map(len, parts)) == [81, 9]  # of 30 questions 3 validate, each with its 3 rows
+    train, validation = ({row["queries"] for row in part} for part in parts)
+    assert len(train) == 27 and not train & validation
+
+
 def test_validation_is_drawn_from_all_over():
     """Not the first rows, and a tenth of every stretch: files may be sorted."""
     rows = [r["queries"] for r in data.cups("train")]

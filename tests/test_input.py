@@ -118,7 +118,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     ("--config typed.yaml", "rloo_k.*many"), ("--config empty_stop.yaml", "stop_seqs: an empty string"), ("--config", "config"),
     ("--dataset_name gsm9k", "gsm9k: unknown; choose one of"), ("--dataset_name jsonl", "needs dataset_path"),
     (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
-    (JSONL + "one.jsonl", "1 training rows"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"), (JSONL + "list.jsonl", "line 2"),
+    (JSONL + "one.jsonl", "1 training questions"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"), (JSONL + "list.jsonl", "line 2"),
     (JSONL + "no_column.jsonl", "row 2: no column responses"), (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
     (JSONL + "empty_query.jsonl", "row 2: column queries is empty"), (JSONL + "number_answer.jsonl", "row 2: column responses"),
     (JSONL + "bad_messages.jsonl", "row 2: column queries"), (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
