@@ -86,7 +86,7 @@ def test_validation_is_drawn_from_all_over():
     rows = [r["queries"] for r in data.cups("train")]
     first = load_rows("cups", "validation")[0]["queries"]  # always: models of earlier versions were chosen on these rows
     assert first == "The ball is under cup 1. Swaps: 2-5 4-5 2-3 3-5 2-4 3-4. Where is it?"
-    assert len(load_rows("cups_base", "validation")) == 500  # at most
+    assert len({row["queries"] for row in load_rows("cups_base", "validation")}) == 500  # at most
     at = sorted(map(rows.index, (r["queries"] for r in load_rows("cups", "validation"))))
     assert all(10 < sum(begin <= i < begin + 400 for i in at) < 80 for begin in range(0, 4000, 400))
 
