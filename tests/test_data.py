@@ -217,7 +217,7 @@ def test_white_space_that_a_response_begins_with_is_kept(kind):
 
 
 def test_a_single_file_has_no_test_rows(tmp_path):
-    write(tmp_path / "g.jsonl", [{"question": "q", "answer": "a #### 1"}] * 20)
+    write(tmp_path / "g.jsonl", [{"question": f"q{i}", "answer": "a #### 1"} for i in range(20)])
     assert len(load_rows("gsm8k", "validation", str(tmp_path / "g.jsonl"))) == 2
     with pytest.raises(UserError, match="single file"):
         load_rows("gsm8k", "test", str(tmp_path / "g.jsonl"))
