@@ -18,6 +18,7 @@ import latro
 from data import UserError, embedded_model, load_rows
 
 GOOD = {"queries": "The ball is under cup 1. Swaps: 1-2. Where is it?", "responses": "The answer is 2.", "groundtruth": "2"}
+MANY = [GOOD | {"queries": f"The ball is under cup {i // 4 + 1}. Swaps: 1-{i % 4 + 2}. Where is it?"} for i in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def place(tmp_path_factory):
     def write(name, *rows):
         (place / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 
-    write("good.jsonl", *[GOOD] * 20)
+    write("good.jsonl", *MANY)
     write("empty.jsonl")
     write("one.jsonl", GOOD)
     write("broken.jsonl", GOOD, GOOD, '{"queries": ')
@@ -59,15 +60,15 @@ def place(tmp_path_factory):
     write("bad_messages.jsonl", GOOD, GOOD | {"queries": [{"role": "user"}]})
     write("bad_rationale.jsonl", GOOD, GOOD | {"rationales": 3})
     write("null.jsonl", GOOD, GOOD | {"groundtruth": None})
-    write("surrogate.jsonl", *[GOOD] * 19, GOOD | {"queries": "\ud83d"})
-    write("system.jsonl", *[GOOD] * 19, GOOD | {"queries": [{"role": "system", "content": "cup"}]})
-    write("no_tokens.jsonl", *[GOOD] * 19, GOOD | {"queries": [{"role": "user", "content": ""}]})
-    write("options.jsonl", *[GOOD | {"options": [1, 2]}] * 20)
-    write("long_rationale.jsonl", *[GOOD | {"rationales": "cup " * 240}] * 20)
+    write("surrogate.jsonl", *MANY[:19], GOOD | {"queries": "\ud83d"})
+    write("system.jsonl", *MANY[:19], GOOD | {"queries": [{"role": "system", "content": "cup"}]})
+    write("no_tokens.jsonl", *MANY[:19], GOOD | {"queries": [{"role": "user", "content": ""}]})
+    write("options.jsonl", *[row | {"options": [1, 2]} for row in MANY])
+    write("long_rationale.jsonl", *[row | {"rationales": "cup " * 240} for row in MANY])
     strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}"
     shutil.copytree(place / "model", place / "strict")
     (place / "strict/chat_template.jinja").write_text(strict)
-    write("long.jsonl", *[GOOD] * 19, GOOD | {"queries": "cup " * 400})
+    write("long.jsonl", *MANY[:19], GOOD | {"queries": "cup " * 400})
     (place / "latin.jsonl").write_bytes('{"queries": "é"}'.encode("latin-1"))
     for name in ("gsm", "arc", "math", "nothing"):
         (place / name).mkdir()
@@ -75,11 +76,11 @@ def place(tmp_path_factory):
     write("arc/train.jsonl", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"})
     write("gsm.jsonl", *[{"question": "1+1?", "answer": 2}] * 2)
     write("arc.jsonl", *[{"question": "q", "choices": ["a"], "answerKey": "A"}] * 2)
-    write("letters.jsonl", *[GOOD | {"options": ["1", "2"], "groundtruth": "B"}] * 20)
-    write("mixed.jsonl", *[GOOD] * 19, GOOD | {"groundtruth": "two"})
+    write("letters.jsonl", *[row | {"options": ["1", "2"], "groundtruth": "B"} for row in MANY])
+    write("mixed.jsonl", *MANY[:19], GOOD | {"groundtruth": "two"})
     write("math/train.jsonl", {"problem": "p", "solution": "no box"})
     (place / "only_train").mkdir()
-    write("only_train/train.jsonl", *[GOOD] * 20)
+    write("only_train/train.jsonl", *MANY)
     (place / "empty_stop.yaml").write_text("stop_seqs: ['']")
     (place / "beside").mkdir()
     shutil.copytree(place / "model", place / "beside/model")

@@ -82,7 +82,7 @@ def test_commands_are_found(commands):
 def test_training_commands(commands, tmp_path, monkeypatch, capsys):
     """Each plans its run, for the ranks that it would start and 80 GiB, on the config of its model's shape."""
     row = {"queries": "q", "responses": "a", "groundtruth": "a"}
-    (tmp_path / "my.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(row | {"queries": f"q{i}"}) for i in range(4)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **_: AutoConfig.for_model(SHAPES[path][0], **SHAPES[path][1]))
     monkeypatch.setattr(latro, "load_rows", lambda name, split, path: (

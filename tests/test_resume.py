@@ -387,7 +387,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     AutoConfig.for_model("llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                          num_key_value_heads=8, tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.jsonl").write_text("\n".join([json.dumps({"queries": "q", "responses": "a", "groundtruth": "a"})] * 100))
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"queries": f"q{i}", "responses": "a", "groundtruth": "a"}) for i in range(100)))
     arguments = ["--config", "gsm8k.yaml", "--model_name_or_path", "llama", "--dataset_name", "jsonl", "--dataset_path", "my.jsonl",
                  "--dry_run", "8", "--gpu_memory"]
     latro.main([*arguments, "80"])
