@@ -396,8 +396,8 @@ def extract_text(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Lower case, white space folded, no quotes, markup or punctuation around it."""
-    return " ".join(text.lower().split()).strip(string.punctuation.replace("-", "") + " ’‘“”")
+    """Lower case, white space folded, no quotes, markup or punctuation around it; but C++ is not C, nor A- A."""
+    return " ".join(text.lower().split()).strip(re.sub("[-+#]", "", string.punctuation) + " ’‘“”")
 
 
 def extract_option(text: str, options: list[str]) -> str | None:

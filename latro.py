@@ -879,13 +879,15 @@ def make_embedded_base(run: str, device) -> None:
         if not os.path.isdir(os.path.join(run, "final")):  # else another process was faster
             shutil.rmtree(run, ignore_errors=True)
             os.rename(partial, run)
-        shutil.rmtree(os.path.dirname(partial))
 
     partial = on_rank_0(start)
     torch.manual_seed(config.seed)
     model, tokenizer = embedded_model()
-    train(config, partial, model.to(device), tokenizer, *load_examples(config, model, tokenizer), device)
-    on_rank_0(finish)
+    try:
+        train(config, partial, model.to(device), tokenizer, *load_examples(config, model, tokenizer), device)
+        on_rank_0(finish)
+    finally:  # also on Ctrl-C
+        shutil.rmtree(os.path.dirname(partial), ignore_errors=True)
 
 
 def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> dict[str, int]:

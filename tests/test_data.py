@@ -314,6 +314,7 @@ def test_options_that_hold_numbers_or_each_other(options, text, expected):
     ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True), ("text", "It is\nLondon", "Paris", False),
     ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
     ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
+    ("text", "The answer is C.", "C++", False), ("text", "The answer is **C++**.", "C++", True), ("text", "A", "A-", False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
     ("math", r"\boxed{3}", "4", False), ("math", "", "4", False), ("math", r"The answer is \(x+1\), at last", "1+x", True),
     ("math", "The answer is $(1,2)$.", "1 < x < 2", True), ("math", "The answer is $1 < x < 2$.", "(1,2)", False),

@@ -93,3 +93,14 @@ def test_nothing_unpickles_or_trusts():
         assert "torch.load" not in text and "yaml.load" not in text and "trust_remote_code=True" not in text and "pickle" not in text
     assert "use_safetensors=True" in sources["evaluate.py"]
     assert latro.Config().trust_remote_code is False
+
+
+def test_an_interrupted_making_of_the_base_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*unused):
+        assert os.listdir(tmp_path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latro, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        latro.make_embedded_base(str(tmp_path / "cups-base"), torch.device("cpu"))
+    assert not os.listdir(tmp_path)
