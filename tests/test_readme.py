@@ -144,8 +144,8 @@ def test_dataset_in_code(monkeypatch):
     assert len(DATASET.strip().splitlines()) <= 15
     monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
     exec(DATASET, {})
-    rows = data.load_rows("sums", "train")
-    assert len(rows) == 900 and data.grade("number", rows[0]["responses"], rows[0])[1]
+    rows, validation = (data.load_rows("sums", split) for split in ("train", "validation"))
+    assert len(rows) + len(validation) == 1000 and data.grade("number", rows[0]["responses"], rows[0])[1]
 
 
 def test_jsonl_row(tmp_path):
