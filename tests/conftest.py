@@ -8,7 +8,10 @@ import sys
 import time
 
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests are for a CPU, also where there is a GPU
+
+import torch  # noqa: E402
 
 if os.path.isdir(os.environ.get("SMOLLM2", ".")):
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a model that is not there fails at once
