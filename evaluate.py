@@ -11,6 +11,7 @@ import argparse
 import atexit
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import sys
+import traceback
 import typing
 from bisect import bisect_left
 from collections import Counter
@@ -155,8 +157,8 @@ def generate(
     often). What was sampled past an end is dropped: the result does not depend on it.
     capture(step, arguments) → a function like step, of tensors alone, that replays what it did on these, such as
     torch.cuda.make_graphed_callables: the host then launches a step, not hundreds of kernels. Called for batch_size
-    rows and the powers of two below; the step then attends to all slots of the cache, masked (SDPA or eager attention;
-    ValueError where layers have a sliding window). Default: no capture.
+    rows and the powers of two below, anew in each call of generate; the step then attends to all slots of the cache,
+    masked (SDPA or eager attention; ValueError where layers have a sliding window). Default: no capture.
 
     Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
@@ -177,6 +179,7 @@ def generate(
 
     class Slab(DynamicLayer):
         """One layer's keys and values, (width, heads, slots, head size), written in place."""
+        is_compileable = look_every > 1  # then transformers does not look, at every step, whether the mask hides anything
 
         def __init__(self, *like):
             super().__init__()
@@ -287,8 +290,10 @@ def generate(
         live = sum(row is not None for row in batch)
         holes = [slot for slot in range(live) if batch[slot] is None]
         movers = [slot for slot in range(live, width) if batch[slot] is not None]
-        for slab in slabs() if holes else ():
-            slab[holes, :, :length] = slab[movers, :, :length]
+        if holes:
+            to, of = torch.tensor([holes, movers], device=device)
+            for slab in slabs():
+                slab[to, :, :length] = slab[of, :, :length]
         for hole, mover in zip(holes, movers):
             batch[hole], batch[mover] = batch[mover], None
         if not live:
@@ -673,28 +678,35 @@ def init_distributed() -> torch.device:
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", **alone)
+        wait = datetime.timedelta(hours=1)  # for rank 0, which may write a large model; NCCL's own is 10 minutes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
     return device
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
+    code = 0
     try:
         main(sys.argv[1:])
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a file or disk that fails
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        code = 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:  # outside the training loop, which finishes its step
-        sys.exit(130)
-    finally:
-        ranks = world_size()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    ranks = world_size()
+    if dist.is_initialized() and (ranks == 1 or code == 0):  # else NCCL might wait for ranks that wait for this one
+        dist.destroy_process_group()
     if ranks > 1:  # A gloo thread that outlives the group (DTensor's cache keeps it) and gives a tensor back while the
         atexit._run_exitfuncs()  # interpreter shuts down would abort the process: end without that shutdown.
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
+    sys.exit(code)
 
 
 @dataclasses.dataclass
@@ -786,6 +798,7 @@ def main(argv: list[str], run: str | None = None) -> None:
                           num_samples=s.num_samples, temperature=s.temperature, stop_token=s.stop_token,
                           stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed)
         results[label] = {"model": folder, "dataset": s.dataset_name, "split": split} | result
+        del model  # one at a time is held
     if rank() == 0:
         part = f"-{s.dataset_name}" * other + f"-{split}" * (split != closing_split(s.dataset_path))
         part += f"-{s.few_shot}-shot" * (s.few_shot > 0)

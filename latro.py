@@ -18,6 +18,7 @@ with a probability, and z is scored as the ids that were sampled, at the tempera
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -458,7 +459,7 @@ def scoring_attention(model: nn.Module, asked: str, compute: torch.dtype, device
     """The attention of the passes that score; "auto" is flash-attn where it is installed and the model has it. Sampling
     keeps the model's own: flash-attn would cut the padding out of its batch at every layer and step, on the host."""
     flash = (asked == "auto" and device.type == "cuda" and compute.itemsize == 2 and model._supports_flash_attn
-             and importlib.util.find_spec("flash_attn"))
+             and transformers.utils.is_flash_attn_2_available())
     return "flash_attention_2" if flash else model.config._attn_implementation
 
 
@@ -909,7 +910,8 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
     kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
     root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
-    gathered = (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers) if ranks > 1 else 0
+    frozen = width * root * (latro and config.kl_coef > 0)  # the reference's root is never sharded again
+    gathered = (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers) + frozen if ranks > 1 else 0
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part if latro and config.kl_coef else 0,
@@ -991,6 +993,7 @@ def main(argv: list[str]) -> None:
             print(f"{directory}: finished already; to train on, name one of its checkpoints with --checkpoint_path")
         return
     del model
+    gc.collect()  # FSDP's modules hold each other
     limit = ["--limit", "4"] if config.sanity_check else []
     evaluate_main(["--split", closing_split(config.dataset_path), "--grader", grader, *limit], directory)
     if rank() == 0:

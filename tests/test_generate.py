@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import import_utils
 
@@ -165,6 +166,29 @@ def test_a_captured_step_replays(tiny, cups, monkeypatch, temperature):
     got = generate(model, prompts, 30, capture=capture, **options)
     assert_same(got, expected)
     assert captured[0] == 11 and len(set(captured)) == len(captured) <= 5  # of 11, 8, 4, 2, 1
+
+
+class Looks(TorchDispatchMode):
+    """Counts values that the host reads, each of which waits for a GPU."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_between_looks_the_host_reads_nothing(tiny, cups):
+    model = copy.deepcopy(tiny[0])
+    model.forward, forward, looks = lambda *a, **k: looked(forward, *a, **k), model.forward, []
+
+    def looked(forward, *arguments, **options):
+        with Looks() as mode:
+            out = forward(*arguments, **options)
+        looks.append(mode.count)
+        return out
+
+    generate(model, [e.prompt for e in cups], 32, look_every=16, num_samples=2)
+    assert len(looks) == 33 and not any(looks[1:])  # the first is the prompts'
 
 
 def test_answers_are_fed_many_positions_at_a_time(tiny, cups, monkeypatch):

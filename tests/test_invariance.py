@@ -1,6 +1,5 @@
 """Loss and every gradient are the same however the work is cut: padding, order, micro-batches, ranks, checkpointing."""
 import copy
-import importlib.util
 import itertools
 import json
 import os
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,7 +163,7 @@ def test_one_process_shares_weights_and_nothing_else(tiny, cups):
 def test_scoring_attention(tiny, monkeypatch):
     """flash-attn only where the passes that score can have it; sampling keeps what the model prefers."""
     def chosen(asked="auto", compute=torch.bfloat16, device="cuda", found=True):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+        monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: found)
         return latro.scoring_attention(tiny[0], asked, compute, torch.device(device))
 
     assert chosen() == "flash_attention_2"

@@ -1,7 +1,9 @@
 """Every key reaches what it steers, and the figures of an evaluation and of a run are what they say."""
 import json
 import os
+import shutil
 import types
+import weakref
 
 import pytest
 import torch
@@ -95,6 +97,24 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     evaluate.main(["--model", "runs/r/best", "--dataset_name", "gsm8k", "--few_shot", "2", "--split", "train"])
     assert asked.pop() == ("gsm8k", "train", None, 2) and judged.pop()[0][3] == "number"
     assert sorted(os.listdir("runs/r")) == ["best", "config.yaml", "evaluation-best-gsm8k-train-2-shot.json", "evaluation-best.json"]
+
+
+def test_models_are_evaluated_one_at_a_time(apart, monkeypatch):
+    os.makedirs("runs/r")
+    shutil.copytree("runs/cups-base/final", "runs/r/best")
+    with open("runs/r/config.yaml", "w") as file:
+        file.write("model_name_or_path: runs/cups-base/final\ndataset_name: cups\n")
+    held, load = [], evaluate.load_model
+
+    def loads(*arguments):
+        assert not any(model() for model in held)
+        model, tokenizer = load(*arguments)
+        held.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate, "load_model", loads)
+    evaluate.main(["--limit", "2", "--response_length", "8"], "runs/r")
+    assert len(held) == 2
 
 
 def test_newest_run(tmp_path, monkeypatch):

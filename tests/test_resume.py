@@ -393,7 +393,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     latro.main([*arguments, "80"])
     printed = capsys.readouterr().out
     assert "8,030,261,248 parameters" in printed and "24 prompts, 384 rollouts" in printed and "90 training prompts" in printed
-    assert "together                                        48.613" in printed
+    assert "together                                        50.570" in printed
     assert sorted(os.listdir(tmp_path)) == ["llama", "my.jsonl"]
     with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given, most by sampling copy; lower"):
         latro.main([*arguments, "24"])

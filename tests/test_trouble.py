@@ -2,10 +2,12 @@
 import glob
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import rows, script
+from conftest import ROOT, rows, script
 from safetensors.torch import load_file
 
 import latro
@@ -104,3 +106,25 @@ def test_an_interrupted_making_of_the_base_leaves_nothing(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         latro.make_embedded_base(str(tmp_path / "cups-base"), torch.device("cpu"))
     assert not os.listdir(tmp_path)
+
+
+def test_an_error_on_one_rank_ends_all_with_its_traceback(tmp_path):
+    """Also where the end of the process group waits for the other ranks, as NCCL's does."""
+    (tmp_path / "one_fails.py").write_text("""
+import time
+import torch.distributed as dist
+from evaluate import gather, init_distributed, rank, run_script
+
+def main(argv):
+    init_distributed()
+    if rank() == 1:
+        raise RuntimeError("this rank alone")
+    gather([0])
+
+dist.destroy_process_group = lambda: time.sleep(300)
+run_script(main)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "one_fails.py"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 1 and "RuntimeError: this rank alone" in done.stderr
