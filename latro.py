@@ -783,8 +783,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
             break
         epochs_done = state["consumed"] / count / config.num_train_epochs
         learning_rate = config.learning_rate * (1 - (state["step"] / total_steps if config.max_steps else epochs_done))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
         first = state["consumed"] + rank() * config.prompts
         chosen = [examples["train"][i] for i in prompt_indices(config.seed, first, config.prompts, count)]
         keys = [f"{config.seed}/train/{first + i}" for i in range(config.prompts)]
