@@ -368,10 +368,9 @@ def update(policy, reference, sampler, optimizer, tokenizer, examples: list[Exam
     per_step = dict(zip(("policy_loss", "sft_loss", "grad_norm", "skipped", "generate_s", "score_s", "train_s"),
                         (*numbers, *(b - a for a, b in zip(clock, clock[1:])))))
     sums |= {name: value * len(rollouts) for name, value in per_step.items()}
-    return rollouts, figures, sums | {"told_to_stop": len(SIGNALS)}
+    return rollouts, figures, sums
 
 
-SIGNALS: list[int] = []  # received since the training loop began
 LOGGED = ("reward", "answer_logprob", "kl", "finished", "stop_in_answer", "rationale_length")
 
 
@@ -770,16 +769,16 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
             state["best"] = row["accuracy"]
             export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
 
-    SIGNALS.clear()
+    signals: list[int] = []  # received
     stoppable = config.model_name_or_path != "embedded"  # the making of the base is short, and begins anew
-    handlers = {number: signal.signal(number, lambda number, frame: SIGNALS.append(number))
+    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
                 for number in (signal.SIGTERM, signal.SIGINT) if stoppable}
     while True:
         if state["step"] in evaluate_at:
             evaluate_now()
         if state["step"] >= total_steps:
             export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
-            told_to_stop = any(gather([len(SIGNALS) > 0]))  # during the last evaluation
+            told_to_stop = any(gather([len(signals) > 0]))  # during the last evaluation
             break
         epochs_done = state["consumed"] / count / config.num_train_epochs
         learning_rate = config.learning_rate * (1 - (state["step"] / total_steps if config.max_steps else epochs_done))
@@ -790,7 +789,6 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         rollouts, figures, sums = update(policy, reference, sampler, optimizer, tokenizer, chosen, keys, config, device)
         state |= {"step": state["step"] + 1, "consumed": state["consumed"] + per_step}
         row = {"step": state["step"], "epoch": state["consumed"] / count} | reduce_metrics(sums, device)
-        told_to_stop = row.pop("told_to_stop") > 0  # on any rank
         row["lr"] = learning_rate
         append(metrics_path, [row])
         whole = state["step"] in (1, total_steps)  # else a prompt's rollouts
@@ -804,6 +802,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         kl = f"kl {row['kl']:.2f}, " if reference is not None else ""
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {kl}length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
+        told_to_stop = any(gather([len(signals) > 0]))
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
             save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state, config.save_total_limit)
         if told_to_stop:
