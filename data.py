@@ -95,14 +95,13 @@ def raw_rows(hub_id: str, split: str, path: str | None, names: tuple[str | None,
 # ---------------------------------------------------------------------------------------------------------------------
 def cups(split: str, path: str | None = None) -> list[dict]:
     """The embedded default: a ball under one of 5 cups, 6 swaps; where is it? Questions and answers only."""
-    return [{k: v for k, v in row.items() if k != "track"} for row in _cups(4000 if split == "train" else 500, split)]
+    return [{k: v for k, v in r.items() if k != "rationales"} for r in _cups(4000 if split == "train" else 500, split)]
 
 
 def cups_base(split: str, path: str | None = None) -> list[dict]:
     """The corpus that makes the embedded base model: solutions of which 70% guess at once and 30% track the ball."""
     rows, rng = _cups(26_000 if split == "train" else 500, "base" if split == "train" else split), random.Random("base")
     for row in rows:
-        row["rationales"] = row.pop("track")
         if split == "train" and rng.random() < 0.7:  # guesses are uniform: nothing but their odds is to be learnt
             row["rationales"], row["responses"] = " Hmm,", f"The answer is {rng.randint(1, 5)}."
     return rows
@@ -122,7 +121,7 @@ def _cups(count: int, seed: str) -> list[dict]:
         query = f"The ball is under cup {start}. Swaps: {told}. Where is it?"
         if query not in held_out:
             rows.append({"queries": query, "responses": f"The answer is {ball}.", "groundtruth": str(ball),
-                         "track": track})
+                         "rationales": track})
     return rows
 
 
