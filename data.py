@@ -21,6 +21,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -128,9 +129,7 @@ def _cups(count: int, seed: str) -> list[dict]:
 def gsm8k(split: str, path: str | None = None, few_shot: int = 0) -> Iterator[dict]:
     """GSM8K (Cobbe et al. 2021) with the paper's prompt (Appendix B, Figure 5); few_shot puts the first of the eight
     worked examples of Wei et al. (2022, Table 20) in front of the question instead."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(here, "configs", "gsm8k_8shot.txt"), encoding="utf-8") as file:
-        shots = file.read().strip().split("\n\n")
+    shots = (Path(__file__).parent / "configs/gsm8k_8shot.txt").read_text("utf-8").strip().split("\n\n")
     for raw in raw_rows("openai/gsm8k", split, path, ("main",)):
         rationale, _, answer = column(raw, "answer", path).rpartition("####")
         question, answer = column(raw, "question", path), answer.strip().replace(",", "")
@@ -214,7 +213,8 @@ def load_rows(name: str, split: str, path: str | None = None, few_shot: int = 0)
     """Rows of split "train", "validation", "test" or "all" of the dataset `name`.
 
     Validation is a tenth of the training questions, at most 500, drawn with a seed that never changes: a model is never
-    chosen on questions that it trained on, nor on the test split. A single JSONL file has no test split: "all" is all of it.
+    chosen on questions that it trained on, nor on the test split. A single JSONL file has no test split; "all" is all
+    of it.
     """
     if name not in DATASETS:
         raise UserError(f"dataset_name {name}: unknown; choose one of {', '.join(DATASETS)}")
