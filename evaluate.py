@@ -319,8 +319,7 @@ def generate(
         last = [extent[row] + (len(ahead[row]) - 1 if row in ended else max_new_tokens - len(out[row]))
                 for row in batch[:live]]
         last = torch.tensor(last + [0] * (n - live), device=device)  # (n,)
-        heat = [1.0 if row in ended else temperature or 1.0 for row in now]
-        heat = torch.tensor(heat, dtype=torch.float64, device=device)[:, None, None].to(wide)
+        heat = torch.tensor([[[1.0 if row in ended else temperature or 1.0]] for row in now], dtype=wide, device=device)
         columns = torch.tensor([range(len(out[row]), len(out[row]) + steps) for row in now], device=device)
         noise = uniforms[torch.tensor(now, device=device)[:, None], columns]  # (n, steps)
         results = []  # of each step: tokens and their log-probabilities, (n, fed)
