@@ -309,16 +309,15 @@ def generate(
             fed, steps = max(1, min(min(len(ahead[row]) for row in batch[:live]) - 1, 256 // live)), 1
         elif capture is not None:
             run, n = replay, min(width, 1 << (live - 1).bit_length())
-        now = batch[:live] + [0] * (n - live)  # free places are fed too, as row 0 after nothing
+        now = batch[:live] + [0] * (n - live)  # a captured step feeds free places too: what row 0 has, for nothing
         given = [(ahead[row] + [-1] * steps)[:steps * fed + 1] for row in now]
         given = torch.tensor(given, device=device)  # (n, steps * fed + 1), -1: to be sampled
         tokens = given[:, :fed]
-        seen = torch.tensor([extent[row] for row in now[:live]] + [0] * (n - live), device=device)
+        seen = torch.tensor([extent[row] for row in now], device=device)
         at = torch.arange(length, length + fed, device=device)
         # What is fed past a row's end, until the host looks, stays at its last position: a learned table ends there.
-        last = [extent[row] + (len(ahead[row]) - 1 if row in ended else max_new_tokens - len(out[row]))
-                for row in batch[:live]]
-        last = torch.tensor(last + [0] * (n - live), device=device)  # (n,)
+        last = [extent[row] + (len(ahead[row]) - 1 if row in ended else max_new_tokens - len(out[row])) for row in now]
+        last = torch.tensor(last, device=device)  # (n,)
         heat = torch.tensor([[[1.0 if row in ended else temperature or 1.0]] for row in now], dtype=wide, device=device)
         columns = torch.tensor([range(len(out[row]), len(out[row]) + steps) for row in now], device=device)
         noise = uniforms[torch.tensor(now, device=device)[:, None], columns]  # (n, steps)
