@@ -72,10 +72,9 @@ def load_model(path: str, dtype: torch.dtype | str, device: torch.device | str =
         raise UserError(f"model {path}: no such folder{made}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        attention = None if attn_implementation == "auto" else attn_implementation  # None: SDPA, or eager
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
-            use_safetensors=True, output_loading_info=True)
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True,
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation)  # None: SDPA, or eager
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
         if getattr(model, "_is_stateful", False):
