@@ -529,14 +529,12 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
     greedy, bare = outputs(0, response_length), outputs(0, 0)
     sampled = outputs(num_samples, response_length) if num_samples else [[]] * len(mine)
     bar.close()
-    rows = []
-    for i, [row], [empty], samples in zip(mine, greedy, bare, sampled):
-        rows.append((i, {"query": prompt_text(tokenizer, examples[i].row["queries"]),
-                         "groundtruth": examples[i].row["groundtruth"], **row,
-                         "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
-                         "answer_logprob_no_rationale": empty["answer_logprob"],
-                         "majority": majority(samples),
-                         "samples": samples}))
+    rows = [(i, {"query": prompt_text(tokenizer, examples[i].row["queries"]),
+                 "groundtruth": examples[i].row["groundtruth"], **row,
+                 "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
+                 "answer_logprob_no_rationale": empty["answer_logprob"],
+                 "majority": majority(samples),
+                 "samples": samples}) for i, [row], [empty], samples in zip(mine, greedy, bare, sampled)]
     rows = [row for _, row in sorted(gather(rows), key=lambda pair: pair[0])]
     result = {"n": len(rows), "num_samples": num_samples, "accuracy": mean(r["correct"] for r in rows)}
     if num_samples:
