@@ -926,14 +926,12 @@ def check_shards(config: Config, ranks: int) -> None:
 
 def dry_run(config: Config) -> None:
     """Print what a run would need and do, from the model's config alone; UserError where gpu_memory is too little."""
-    check_shards(config, config.dry_run)
+    path, ranks = config.model_name_or_path, config.dry_run
+    check_shards(config, ranks)
     with torch.device("meta"):
-        if config.model_name_or_path.endswith("cups-base/final"):
-            model = embedded_model()[0]
-        else:
-            model = load_meta(config.model_name_or_path, config.trust_remote_code)
-    ranks, needs = config.dry_run, plan(config, model, config.dry_run)
-    print(f"{config.model_name_or_path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "
+        model = embedded_model()[0] if path.endswith("cups-base/final") else load_meta(path, config.trust_remote_code)
+    needs = plan(config, model, ranks)
+    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "
           "question and answer taken to be 256 tokens\n\nGiB on a rank")
     for name, size in (needs | {"together": sum(needs.values())}).items():
         print(f"  {name:<44}{size / 2**30:10.3f}")
