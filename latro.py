@@ -672,15 +672,13 @@ def draw_curves(directory: str) -> None:
     except ImportError:
         return print("curves.png needs the package matplotlib: pip install matplotlib")
     rows = read_jsonl(os.path.join(directory, "metrics.jsonl"))
-    curves = [([row for row in rows if "split" not in row], "C0-", "rollouts"),
-              ([row for row in rows if "split" in row], "C1o-", "greedy, validation")]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     panels = [("reward", "reward per rollout"), ("accuracy", "greedy accuracy, validation"),
               ("rationale_length", "rationale length, tokens"), ("kl", "KL to the starting point, nats")]
     for axis, (name, title) in zip(axes.flat, panels):
-        for shown, style, label in curves:
-            points = [(row["step"], row[name]) for row in shown if row.get(name) is not None]
+        for evaluated, style, label in ((False, "C0-", "rollouts"), (True, "C1o-", "greedy, validation")):
+            points = [(r["step"], r[name]) for r in rows if ("split" in r) is evaluated and r.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
         if not axis.lines:  # the KL without a reference
@@ -689,8 +687,7 @@ def draw_curves(directory: str) -> None:
         axis.grid(alpha=0.3)
     axes[0, 1].set_ylim(-0.02, 1.02)
     axes[1, 0].legend(fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
+    figure.supxlabel("step", fontsize=10)
     figure.suptitle(os.path.basename(directory), fontsize=10)
     figure.savefig(os.path.join(directory, "curves.png"), dpi=130)
 
