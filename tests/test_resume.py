@@ -25,11 +25,6 @@ from evaluate import init_distributed
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def folder(base):
-    return base
-
-
 def damage(run):
     """Flip a byte of the newest checkpoint's tensors."""
     newest = latro.checkpoints(f"{run}/checkpoints")
@@ -41,31 +36,31 @@ def damage(run):
             file.write(bytes([byte[0] ^ 255]))
 
 
-def test_killed_at_random_and_continued(folder):
+def test_killed_at_random_and_continued(base):
     """Three kills, the newest checkpoint damaged after the second: the same bytes as a run that nothing happened to."""
     calls = []
     undisturbed, killed = kill_and_continue(
-        str(folder), 3, random.Random(0), before_continuing=lambda run: calls.append(1) or len(calls) == 2 and damage(run))
+        str(base), 3, random.Random(0), before_continuing=lambda run: calls.append(1) or len(calls) == 2 and damage(run))
     assert undisturbed == killed
     assert len(undisturbed[0]) == STEPS + 5
-    assert len(latro.checkpoints(f"{folder}/runs/killed/checkpoints")) == 2  # save_total_limit
-    assert not glob.glob(f"{folder}/runs/killed/*.partial") and not glob.glob(f"{folder}/runs/killed/checkpoints/partial")
+    assert len(latro.checkpoints(f"{base}/runs/killed/checkpoints")) == 2  # save_total_limit
+    assert not glob.glob(f"{base}/runs/killed/*.partial") and not glob.glob(f"{base}/runs/killed/checkpoints/partial")
 
 
-def test_a_damaged_checkpoint_is_named_and_skipped(folder):
-    run = f"{folder}/runs/undisturbed"
+def test_a_damaged_checkpoint_is_named_and_skipped(base):
+    run = f"{base}/runs/undisturbed"
     before = remains(run)
     for name in ("best", "final"):
         shutil.rmtree(f"{run}/{name}")
     newest, older = latro.checkpoints(f"{run}/checkpoints")
     damage(run)
-    printed = script("latro.py", *RUN, "--run_name", "undisturbed", cwd=folder)
+    printed = script("latro.py", *RUN, "--run_name", "undisturbed", cwd=base)
     assert f"warning: runs/undisturbed/checkpoints/{os.path.basename(newest)} is damaged and skipped" in printed
     assert remains(run) == before
-    assert "finished already" in script("latro.py", *RUN, "--run_name", "undisturbed", cwd=folder)
+    assert "finished already" in script("latro.py", *RUN, "--run_name", "undisturbed", cwd=base)
     with open(f"{older}/state.json", "w"):
         pass
-    printed = script("latro.py", *RUN, "--run_name", "other", "--checkpoint_path", older, cwd=folder, code=2)
+    printed = script("latro.py", *RUN, "--run_name", "other", "--checkpoint_path", older, cwd=base, code=2)
     assert f"checkpoint_path {older}: no whole checkpoint" in printed
 
 
@@ -173,12 +168,12 @@ def test_one_job_at_a_time(apart):
     assert os.path.exists("runs/x/final")
 
 
-def test_a_full_disk_while_a_checkpoint_is_written(folder):
+def test_a_full_disk_while_a_checkpoint_is_written(base):
     """One line, and nothing half written is left. Files of more than 4 MB cannot be written; weights are smaller."""
     done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable, os.path.join(ROOT, "latro.py"), *BY_EPOCHS,
-                           "--run_name", "full"], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                           "--run_name", "full"], cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{folder}/runs/full/checkpoints") == []
+    assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{base}/runs/full/checkpoints") == []
 
 
 def test_told_to_stop_between_checkpoints(apart, monkeypatch):
@@ -226,25 +221,25 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def alone(base):
     script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8, "--num_evaluations", 1,
-           "--sanity_check", "true", cwd=folder)
-    return f"{folder}/runs/alone"
+           "--sanity_check", "true", cwd=base)
+    return f"{base}/runs/alone"
 
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
-def test_a_checkpoint_continues_on_another_number_of_ranks(folder, alone, first, then):
+def test_a_checkpoint_continues_on_another_number_of_ranks(base, alone, first, then):
     """The same global batch throughout: 4 sequences of gradient accumulation over all ranks."""
     name = f"from-{first}-to-{then}"
     for ranks, steps in ((first, 4), (then, 8)):
         script("latro.py", "--config", "tiny.yaml", "--run_name", name, "--checkpoint_path", "latest", "--num_samples", 0,
                "--gradient_accumulation_steps", 4 // ranks, "--save_steps", 4, "--max_steps", 8, "--num_evaluations", 1,
-               "--save_total_limit", 5, "--sanity_check", "true", cwd=folder, ranks=ranks)
+               "--save_total_limit", 5, "--sanity_check", "true", cwd=base, ranks=ranks)
         if steps == 4:  # as if killed after step 4
             for left in ("final", "best", "evaluation-best.json", "checkpoints/step-8"):
-                path = f"{folder}/runs/{name}/{left}"
+                path = f"{base}/runs/{name}/{left}"
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    runs = f"{folder}/runs/{name}", alone
+    runs = f"{base}/runs/{name}", alone
     ours, undivided = ([r for r in rows(f"{run}/metrics.jsonl") if "reward" in r] for run in runs)
     assert [r["step"] for r in ours] == list(range(1, 9))
     for a, b in zip(ours, undivided, strict=True):
@@ -255,13 +250,13 @@ def test_a_checkpoint_continues_on_another_number_of_ranks(folder, alone, first,
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop(folder, ranks, number):
+def test_told_to_stop(base, ranks, number):
     """The step is finished, a checkpoint written, the command to continue printed; signals repeat and reach everybody."""
     name = f"stop-{ranks}-{number}"
-    process = start(str(folder), name, ranks)
-    log = f"{folder}/{name}.log"
+    process = start(str(base), name, ranks)
+    log = f"{base}/{name}.log"
     deadline = time.time() + 120
-    while not os.path.exists(f"{folder}/runs/{name}/metrics.jsonl") or len(rows_so_far(folder, name)) < 4:
+    while not os.path.exists(f"{base}/runs/{name}/metrics.jsonl") or len(rows_so_far(base, name)) < 4:
         assert time.time() < deadline and process.poll() is None, open(log).read()
         time.sleep(0.05)
     begin = time.time()
@@ -273,18 +268,18 @@ def test_told_to_stop(folder, ranks, number):
         assert time.time() - begin < 30, open(log).read()
         time.sleep(0.05)
     assert "stopped after step" in open(log).read()
-    assert latro.checkpoints(f"{folder}/runs/{name}/checkpoints")
+    assert latro.checkpoints(f"{base}/runs/{name}/checkpoints")
     if ranks == 1 and number == signal.SIGTERM:  # the same command goes on, and ends where an undisturbed run ends
-        assert start(str(folder), name).wait() == 0
-        assert remains(f"{folder}/runs/{name}") == remains(f"{folder}/runs/undisturbed")
+        assert start(str(base), name).wait() == 0
+        assert remains(f"{base}/runs/{name}") == remains(f"{base}/runs/undisturbed")
 
 
-def rows_so_far(folder, name):
-    with open(f"{folder}/runs/{name}/metrics.jsonl") as file:
+def rows_so_far(base, name):
+    with open(f"{base}/runs/{name}/metrics.jsonl") as file:
         return [line for line in file if "reward" in line]
 
 
-def test_two_nodes(folder):
+def test_two_nodes(base):
     """Two launchers on loopback, as on two machines; shard_size 1: whole weights on each, gradients averaged (HSDP)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -299,21 +294,21 @@ def test_two_nodes(folder):
             command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i), "--master_addr",
                        "127.0.0.1", "--master_port", port, os.path.join(ROOT, "latro.py"), *arguments]
         environment = {"OMP_NUM_THREADS": "1", "NNODES": "2", "NODE_RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        nodes.append(subprocess.Popen(command, cwd=folder, env=os.environ | environment, stdout=subprocess.PIPE,
+        nodes.append(subprocess.Popen(command, cwd=base, env=os.environ | environment, stdout=subprocess.PIPE,
                                       stderr=subprocess.STDOUT, text=True))
     printed = [node.communicate(timeout=200)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), printed
-    assert len(rows_so_far(folder, "nodes")) == 2
-    samples = rows(f"{folder}/runs/nodes/samples.jsonl")  # of both ranks' prompts, each K times
+    assert len(rows_so_far(base, "nodes")) == 2
+    samples = rows(f"{base}/runs/nodes/samples.jsonl")  # of both ranks' prompts, each K times
     assert len([row for row in samples if row["step"] == 1]) == 256 and len({row["query"] for row in samples if row["step"] == 1}) == 32
 
 
-def test_a_rank_that_dies_ends_the_job(folder, tmp_path):
+def test_a_rank_that_dies_ends_the_job(base, tmp_path):
     (tmp_path / "dies.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport latro, evaluate\nwhole = latro.update\n"
                                       "def update(*a):\n    if evaluate.rank(): raise RuntimeError('this rank dies')\n"
                                       "    return whole(*a)\nlatro.update = update\nevaluate.run_script(latro.main)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(tmp_path / "dies.py"), "--config", "tiny.yaml", "--run_name", "dies"], cwd=folder, timeout=120,
+                           str(tmp_path / "dies.py"), "--config", "tiny.yaml", "--run_name", "dies"], cwd=base, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode != 0 and "this rank dies" in done.stderr
 
@@ -427,13 +422,13 @@ def memory(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
-def test_rows_that_do_not_divide_by_the_ranks(folder):
+def test_rows_that_do_not_divide_by_the_ranks(base):
     """Five questions on two ranks: all there, once, in order, as on one rank."""
     results = []
     for ranks in (1, 2):
         script("evaluate.py", "--model", "runs/cups-base/final", "--dataset_name", "cups", "--limit", 5, "--num_samples", 3, "--out",
-               "five.json", "--response_length", 24, cwd=folder, ranks=ranks)
-        results.append(json.load(open(f"{folder}/five.json")))
+               "five.json", "--response_length", 24, cwd=base, ranks=ranks)
+        results.append(json.load(open(f"{base}/five.json")))
     one, two = ([{k: row[k] for k in ("query", "output", "correct")} | {"samples": [s["output"] for s in row["samples"]]}
                  for row in result["rows"]] for result in results)
     assert len(one) == 5 and one == two

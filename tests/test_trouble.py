@@ -15,11 +15,6 @@ import latro
 SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--num_samples", 0, "--sanity_check", "true")
 
 
-@pytest.fixture(scope="module")
-def folder(base):
-    return base
-
-
 def weights(run):
     return load_file(f"{run}/final/model.safetensors")
 
@@ -28,11 +23,11 @@ def steps(run):
     return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(f"{run}/metrics.jsonl") if "split" not in row]
 
 
-def test_two_runs_are_one(folder):
+def test_two_runs_are_one(base):
     """Same seed, same machine: the same bytes, timings aside; and evaluating more often changes no training step."""
     for name, evaluations in (("once", 2), ("again", 2), ("often", 6)):
-        script("latro.py", *SHORT, "--num_evaluations", evaluations, "--run_name", name, cwd=folder)
-    once, again, often = (f"{folder}/runs/{name}" for name in ("once", "again", "often"))
+        script("latro.py", *SHORT, "--num_evaluations", evaluations, "--run_name", name, cwd=base)
+    once, again, often = (f"{base}/runs/{name}" for name in ("once", "again", "often"))
     read = [[{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(f"{run}/metrics.jsonl")] for run in (once, again)]
     assert read[0] == read[1] and open(f"{once}/samples.jsonl").read() == open(f"{again}/samples.jsonl").read()
     assert steps(once) == steps(often)
@@ -41,9 +36,9 @@ def test_two_runs_are_one(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_that_are_not_finite_are_skipped_and_counted(folder, monkeypatch, dtype):
+def test_updates_that_are_not_finite_are_skipped_and_counted(base, monkeypatch, dtype):
     """The third and fourth updates have a loss that is not finite: the weights stay, and the run goes on."""
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(base)
     loss, calls = latro.latro_loss, []
 
     def sometimes_infinite(*arguments):
@@ -61,8 +56,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(folder, monkeypatch
 
 
 @pytest.mark.parametrize("where", ["reward", "gradient"])
-def test_ten_in_a_row_end_the_run(folder, monkeypatch, where):
-    monkeypatch.chdir(folder)
+def test_ten_in_a_row_end_the_run(base, monkeypatch, where):
+    monkeypatch.chdir(base)
     place, name = {"reward": (latro, "rollout_rewards"), "gradient": (torch.nn.utils, "clip_grad_norm_")}[where]
     right, calls = getattr(place, name), []
 
@@ -78,12 +73,12 @@ def test_ten_in_a_row_end_the_run(folder, monkeypatch, where):
     assert all(w.isfinite().all() for w in load_file(f"{run}/best/model.safetensors").values())
 
 
-def test_no_secret_reaches_the_run_or_the_screen(folder, monkeypatch):
+def test_no_secret_reaches_the_run_or_the_screen(base, monkeypatch):
     secrets = {"HF_TOKEN": "hf_planted0token", "WANDB_API_KEY": "planted0wandb0key", "MY_PASSWORD": "planted0password"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    printed = script("latro.py", *SHORT, "--max_steps", 1, "--num_evaluations", 1, "--run_name", "secret", cwd=folder)
-    texts = [printed.encode()] + [open(path, "rb").read() for path in glob.glob(f"{folder}/runs/secret/**", recursive=True)
+    printed = script("latro.py", *SHORT, "--max_steps", 1, "--num_evaluations", 1, "--run_name", "secret", cwd=base)
+    texts = [printed.encode()] + [open(path, "rb").read() for path in glob.glob(f"{base}/runs/secret/**", recursive=True)
                                   if os.path.isfile(path)]
     assert len(texts) > 10 and not any(value.encode() in text for value in secrets.values() for text in texts)
 
