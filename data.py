@@ -459,13 +459,11 @@ GRADERS = ("number", "text", "json", "option", "math")
 def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
     """`given`, or the dataset's grader; for a user's JSONL, number where every groundtruth is one, json where every one
     is an object or array, else text."""
-    truths, options = [row["groundtruth"] for row in rows], [row.get("options") for row in rows]
-    grader = given or DATASETS[name][1]
-    if grader == "option" and not all(isinstance(o, list) and all(isinstance(t, str) for t in o) for o in options):
-        raise UserError("grader option: the rows have no column options, a list of texts; use another grader")
-    for truth, texts in zip(truths, options) if grader == "option" else ():
-        if truth not in texts:
-            raise UserError(f"grader option: groundtruth {truth!r} is none of its row's options; give the text of one")
+    truths, grader = [row["groundtruth"] for row in rows], given or DATASETS[name][1]
+    for truth, row in zip(truths, rows) if grader == "option" else ():
+        texts = column(row, "options", "grader option", list)
+        if truth not in texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"grader option: groundtruth {truth!r} is none of its row's options, texts; give one")
     if grader:
         return grader
     if all(NUMBER.fullmatch(truth.strip()) for truth in truths):
