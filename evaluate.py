@@ -770,8 +770,7 @@ def main(argv: list[str], run: str | None = None) -> None:
     run = os.path.dirname(os.path.normpath(s.model)) if s.model else run or newest_run()
     config = read_run(run)
     other = s.dataset_name not in (None, config.get("dataset_name"))  # then the run's data is not meant
-    skipped = {"seed", *(["dataset_path", "grader"] if other else [])}
-    known = {field.name for field in dataclasses.fields(Settings)} - skipped
+    known = vars(s).keys() - {"seed", *(["dataset_path", "grader"] if other else [])}
     s = parse(Settings, argv, __doc__, {k: v for k, v in config.items() if k in known and v is not None})
     if s.model:
         models = {os.path.basename(os.path.normpath(s.model)): s.model}
