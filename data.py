@@ -463,7 +463,7 @@ def choose_grader(given: str | None, name: str, rows: list[dict]) -> str:
     for truth, row in zip(truths, rows) if grader == "option" else ():
         texts = column(row, "options", "grader option", list)
         if truth not in texts or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"grader option: groundtruth {truth!r} is none of its row's options, texts; give one")
+            raise UserError(f"grader option: groundtruth {truth!r} is none of its row's options; all must be texts")
     if grader:
         return grader
     if all(NUMBER.fullmatch(truth.strip()) for truth in truths):
