@@ -77,8 +77,7 @@ def load_model(path: str, dtype: torch.dtype | str, device: torch.device | str =
             attn_implementation=None if attn_implementation == "auto" else attn_implementation)  # None: SDPA, or eager
         if info["missing_keys"]:
             raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        if getattr(model, "_is_stateful", False):
-            raise ValueError("it keeps a state, where generate needs keys and values")
+        generate(model, [], 0)  # ValueError where it keeps a state
     except Exception as error:  # transformers raises dozens of types: no network, no config, a broken file, no access
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"model {path}: cannot be loaded ({reason}); give a Hugging Face folder or hub id") from None
@@ -161,7 +160,17 @@ def generate(
 
     Returns per row: ids with the stop, their log-probabilities at `temperature` (greedy: at 1), those of y at 1.
     """
-    device, rows = model.device, len(prompts) * num_samples
+    device, rows, config = model.device, len(prompts) * num_samples, model.config.get_text_config()
+    sliding = getattr(config, "sliding_window", None)
+    layers = set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
+    if getattr(model, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise ValueError("it keeps a state (Mamba, RWKV, convolutions, …), not keys and values alone")
+    if capture is not None and layers != {"full_attention"}:
+        raise ValueError("capture: the model's layers have a sliding window, which a captured step does not know")
+    if uniforms is not None and uniforms.shape != (rows, max_new_tokens):
+        raise ValueError(f"uniforms: of shape {tuple(uniforms.shape)}, not {(rows, max_new_tokens)}")
+    if not rows:
+        return []
     width, look_every = min(batch_size or rows, rows), look_every or (16 if model.device.type == "cuda" else 1)
     wide = torch.promote_types(model.dtype, torch.float32)  # of log-probabilities
     slack = 32  # slots that the batch may drift to the right before it is moved back
@@ -169,16 +178,10 @@ def generate(
     length = 0  # slots in use: every row of the batch ends there, so that one index serves all
     visible, places = 0, torch.empty(0)  # in a step: slots that are attended to, and (fed,) those of what is fed
     graphs: dict[int, Callable] = {}  # captured steps by their number of rows
-    if getattr(model, "_is_stateful", False):
-        raise ValueError("the model keeps a state (Mamba, RWKV, …), not keys and values")
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    if capture is not None and set(layers) != {"full_attention"}:
-        raise ValueError("capture: the model's layers have a sliding window, which a captured step does not know")
 
     class Slab(DynamicLayer):
         """One layer's keys and values, (width, heads, slots, head size), written in place."""
-        is_compileable = look_every > 1  # then transformers does not look, at every step, whether the mask hides anything
+        is_compileable = look_every > 1  # then transformers does not look, at every step, what the mask hides
 
         def __init__(self, *like):
             super().__init__()
@@ -202,7 +205,7 @@ def generate(
     waiting = list(range(rows))[::-1]  # the next row is the last
     out, logprobs, scored = ([[] for _ in range(rows)] for _ in range(3))
     ended = set()  # rows that have, and whose y is being scored
-    if uniforms is None or temperature == 0:
+    if uniforms is None:
         uniforms = torch.rand(rows, max_new_tokens, dtype=torch.float64)
     uniforms = nn.functional.pad(uniforms.to(device), (0, look_every))  # for what is sampled past an end
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens that a stop can take, and a margin
@@ -517,7 +520,7 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
         drawn = generate(model, [examples[i].prompt for i in mine], length, num_samples=k, stop_ids=stop_ids,
                          temperature=temperature if samples else 0.0, continuations=continuation, room=room,
                          uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(samples)],
-                                               length), batch_size=batch_size) if mine else []
+                                               length) if samples and mine else None, batch_size=batch_size)
         graded = []
         for row, (ids, _, answer_logprobs) in enumerate(drawn):
             output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)
@@ -681,6 +684,8 @@ def init_distributed() -> torch.device:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # where it cannot show a π
     try:
         main(sys.argv[1:])
     except (UserError, OSError, FloatingPointError) as error:  # OSError: a file or disk that fails

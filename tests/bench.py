@@ -514,8 +514,8 @@ CASES = {"memory": memory_case, "vocabulary": vocabulary_case, "ranks": ranks_ca
 
 
 def machine(device) -> dict:
-    able = torch.cpu.get_capabilities()
-    return {"cpu": able["cpu_name"], "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
+    return {"cpu": able.get("cpu_name"), "cores": os.cpu_count(), "torch threads": torch.get_num_threads(),
             "native bf16": [name for name in ("avx512_bf16", "amx_bf16", "bf16") if able.get(name)],
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "torch": torch.__version__,
             "transformers": transformers.__version__, "python": platform.python_version(),

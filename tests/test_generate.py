@@ -173,7 +173,7 @@ class Looks(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
         return function(*args, **kwargs or {})
 
 
@@ -385,9 +385,16 @@ def test_a_composite_models_scale_and_a_state(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tiny[0], "config", types.SimpleNamespace(get_text_config=lambda: text))
         torch.testing.assert_close(Scorer(tiny[0]).head(hidden), 3 * torch.tanh(tiny[0].lm_head(hidden) / 3))
-    monkeypatch.setattr(tiny[0], "_is_stateful", True)
-    with pytest.raises(ValueError, match="keeps a state"):
-        generate(tiny[0], [[3]], 2)
+    for of, name, value in ((tiny[0], "_is_stateful", True), (tiny[0].config, "layer_types", ["full_attention", "conv"])):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="keeps a state"):
+            patch.setattr(of, name, value, raising=False)
+            generate(tiny[0], [[3]], 2)
+
+
+def test_no_rows_and_uniforms_for_other_rows(tiny):
+    assert generate(tiny[0], [], 5) == generate(tiny[0], [[3]], 5, num_samples=0) == []
+    with pytest.raises(ValueError, match=r"uniforms: of shape \(2, 4\), not \(2, 5\)"):
+        generate(tiny[0], [[3], [4]], 5, uniforms=torch.rand(2, 4))
 
 
 def test_an_unknown_scale_of_the_logits_is_an_error(tiny, cups, monkeypatch):
@@ -395,4 +402,7 @@ def test_an_unknown_scale_of_the_logits_is_an_error(tiny, cups, monkeypatch):
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **k: type("Output", (), {"logits": forward(**k).logits * 3}))
     with pytest.raises(UserError, match="teach it to Scorer.head"):
+        latro.check_head(model, cups[0].prompt)
+    monkeypatch.setattr(model, "get_decoder", lambda: model)
+    with pytest.raises(UserError, match="gives no hidden states"):
         latro.check_head(model, cups[0].prompt)

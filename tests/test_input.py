@@ -284,3 +284,9 @@ def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypat
 
 def test_good_rows_load(place):
     assert len(load_rows("jsonl", "all", str(place / "good.jsonl"))) == 20
+
+
+def test_output_that_cannot_show_every_letter():
+    command = [sys.executable, "-c", "from evaluate import run_script; run_script(lambda argv: print('log π'))"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "log ?\n"), done.stderr

@@ -84,6 +84,26 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 
+def test_what_gets_no_gradient_has_no_moments_in_a_checkpoint(tmp_path):
+    """Such as the vision tower of Gemma 3."""
+    def start():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "llama", vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4))
+        model.unused = torch.nn.Parameter(torch.randn(3))
+        return latro.Scorer(model), torch.optim.AdamW(model.parameters(), fused=True)
+
+    init_distributed()
+    (policy, optimizer), (fresh, other) = start(), start()
+    for parameter in policy.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter is not policy.model.unused else None
+    optimizer.step()
+    latro.save_checkpoint(f"{tmp_path}/checkpoints", policy, optimizer, {"step": 1}, 1)
+    latro.load_checkpoint(f"{tmp_path}/checkpoints/step-1", fresh, other)
+    for mine, loaded in zip(policy.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+        assert all(torch.equal(value, other.state[loaded][name]) for name, value in optimizer.state[mine].items())
+
+
 BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true", "--rloo_k", "2",
              "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8", "--num_evaluations", "2", "--save_steps", "1",
              "--save_total_limit", "99", "--dtype", "float32")
