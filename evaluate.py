@@ -478,7 +478,7 @@ def on_rank_0(work: Callable[[], object]):
 def uniform_rows(keys: typing.Iterable[str], length: int) -> torch.Tensor:
     """(rows, length) uniform numbers in [0, 1), float64; each row a pure function of its key."""
     rows = [[generator.random() for _ in range(length)] for generator in map(random.Random, keys)]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), length)
 
 
 def interval95(rate: float, n: int) -> list[float]:
@@ -520,7 +520,7 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
         drawn = generate(model, [examples[i].prompt for i in mine], length, num_samples=k, stop_ids=stop_ids,
                          temperature=temperature if samples else 0.0, continuations=continuation, room=room,
                          uniforms=uniform_rows([f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(samples)],
-                                               length) if samples and mine else None, batch_size=batch_size)
+                                               length) if samples else None, batch_size=batch_size)
         graded = []
         for row, (ids, _, answer_logprobs) in enumerate(drawn):
             output = decode(ids[:-1] if ids and ids[-1] in stop_ids else ids)

@@ -122,6 +122,10 @@ class Config(Common):
     def prompts(self) -> int:  # per step and rank
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective == "latro" and self.kl_coef > 0
+
     def total_steps(self, count: int, ranks: int, step: int = 0, consumed: int = 0) -> int:
         """Updates of a run over `count` training prompts, of which `step` were made, with `consumed` prompts."""
         left = math.ceil((round(self.num_train_epochs * count) - consumed) / (self.prompts * ranks))
@@ -471,7 +475,7 @@ def set_out(model: nn.Module, config: Config, device) -> tuple[Scorer, Scorer | 
     learner, reference = copy.deepcopy(model), None
     sampler = cast(model, compute)
     policy = make_policy(learner, sampler, mesh, config.gradient_checkpointing)
-    if config.objective == "latro" and config.kl_coef > 0:
+    if config.needs_reference:
         reference = shard(copy.deepcopy(sampler), compute, compute, mesh).requires_grad_(False)
     sampler.set_attn_implementation(attention)  # the copies keep theirs
     refresh(sampler, policy)
@@ -780,7 +784,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
             evaluate_now()
         if state["step"] >= total_steps:
             export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
-            told_to_stop = any(gather([len(signals) > 0]))  # during the last evaluation
+            told_to_stop = any(gather(signals))  # during the last evaluation
             break
         epochs_done = state["consumed"] / count / config.num_train_epochs
         learning_rate = config.learning_rate * (1 - (state["step"] / total_steps if config.max_steps else epochs_done))
@@ -804,7 +808,7 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         kl = f"kl {row['kl']:.2f}, " if reference is not None else ""
         bar.set_postfix_str(f"reward {row['reward']:.3f}, {kl}length {row['rationale_length']:.1f}", refresh=False)
         bar.update()
-        told_to_stop = any(gather([len(signals) > 0]))
+        told_to_stop = any(gather(signals))  # on any rank
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
             save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state, config.save_total_limit)
         if told_to_stop:
@@ -910,11 +914,11 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     layer = tokens * width * (10 * c.hidden_size + 4 * getattr(c, "intermediate_size", 4 * c.hidden_size))
     kept = tokens * width * c.hidden_size * c.num_hidden_layers + layer
     root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
-    frozen = width * root * (latro and config.kl_coef > 0)  # the reference's root is never sharded again
+    frozen = width * root * config.needs_reference  # the reference's root is never sharded again
     gathered = (width + 4) * (root + 2 * (whole - root) // c.num_hidden_layers) + frozen if ranks > 1 else 0
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
-            "reference": width * part if latro and config.kl_coef else 0,
+            "reference": width * part * config.needs_reference,
             "KV cache": 2 * width * rows * slots * c.num_hidden_layers * kv_heads * head_dim,
             "activations and gathered layers (estimate)": (kept if config.gradient_checkpointing else
                                                            layer * c.num_hidden_layers)
