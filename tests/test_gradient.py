@@ -1,8 +1,8 @@
 """The estimator's expectation is the gradient of Eq. 3, exactly, by enumerating every rationale and every K-tuple.
 
-The model is small enough that all its rationales (up to 3 tokens of a vocabulary of 5) can be listed, up to 125 of them
-and two million triples. Everything under
-test is what training calls: cut_rollout, score, answer_reward, rollout_rewards, rloo_advantages, latro_loss.
+The model is small enough that all its rationales (up to 3 tokens of a vocabulary of 5) can be listed, up to 125 of
+them and two million triples. Everything under test is what training calls: cut_rollout, score, answer_reward,
+rollout_rewards, rloo_advantages, latro_loss.
 """
 import itertools
 
@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import latro
 from data import decoder, make_examples
-from evaluate import Scorer
+from evaluate import Scorer, cut_rollout, score
 
 LENGTH = 3
 # words of the vocabulary after <eos>; the answer; stop sequences
@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-def make_model(case, seed):
+def make_model(case, seed, attention="packed"):
     words, response, stops = CASES[case]
     vocabulary = {"<eos>": 0} | {word: i + 1 for i, word in enumerate(words)} | {"Q": len(words) + 1}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<eos>"))
@@ -37,6 +37,7 @@ def make_model(case, seed):
     # GPT-2, because it computes in float64 throughout; Llama's norm always computes in float32
     model = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=2, n_positions=32, eos_token_id=0,
                                        bos_token_id=None, initializer_range=0.6)).double().eval()
+    model.set_attn_implementation(attention)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     prompt = "a" if "a" in words else words[0]
     [example] = make_examples(tokenizer, [{"queries": prompt, "responses": response, "groundtruth": "-"}])
@@ -52,7 +53,7 @@ def every_sample(example, stop_ids, stops, decode):
     done, going = [], [[]]
     while going:
         ids = going.pop()
-        rollout = latro.cut_rollout(example, ids, stop_ids, stops, decode)
+        rollout = cut_rollout(example, ids, stop_ids, stops, decode)
         if rollout.finished or len(ids) == LENGTH:
             done.append(ids)
         else:
@@ -69,7 +70,7 @@ def exact_logprobs(model, reference, samples, rollouts, temperature):
     """log π(z|x), log π_0(z|x) and log π(y|x⊕z) of every sample, (M,) each, plain model calls only."""
     columns = []
     for ids, rollout in zip(samples, rollouts):
-        x = rollout.example.prompt
+        x = rollout.prompt
         columns.append(torch.stack([
             plain_logprob(model, x + ids, len(x), temperature), plain_logprob(reference, x + ids, len(x), temperature),
             plain_logprob(model, x + rollout.rationale + rollout.answer, len(x) + len(rollout.rationale))]))
@@ -94,8 +95,8 @@ def exact_gradient(model, logprobs, rollouts, beta, kind, gamma):
 def scored(model, reference, rollouts, temperature):
     """(log π(z|x) and log π(y|x⊕z), log π_0(z|x)) by the scoring pass of training."""
     with torch.no_grad():
-        ref, _ = latro.score(Scorer(reference), rollouts, temperature, "cpu", answers=False)
-    return latro.score(Scorer(model), rollouts, temperature, "cpu")[0], ref[:, 0]
+        ref = score(Scorer(reference), rollouts, temperature, answers=False)
+    return score(Scorer(model), rollouts, temperature), ref[:, 0]
 
 
 def expected_gradient(model, logprobs, ref, rollouts, k, beta, kind, gamma, sft_penalty=1.0, baseline=None):
@@ -114,25 +115,25 @@ def expected_gradient(model, logprobs, ref, rollouts, k, beta, kind, gamma, sft_
     return gradient_of(-policy_loss - sft_loss, model)
 
 
-def set_up(case):
-    model, tokenizer, example, stops = make_model(case, 0)
-    reference, *_ = make_model(case, 1)
+def set_up(case, attention="packed"):
+    model, tokenizer, example, stops = make_model(case, 0, attention)
+    reference, *_ = make_model(case, 1, attention)
     decode, stop_ids = decoder(tokenizer), set() if case == "length limit" else {0}
     samples = every_sample(example, stop_ids, stops, decode)
-    rollouts = [latro.cut_rollout(example, ids, stop_ids, stops, decode) for ids in samples]
+    rollouts = [cut_rollout(example, ids, stop_ids, stops, decode) for ids in samples]
     assert all(r.stop_in_answer for r in rollouts)
-    return model, reference, samples, rollouts, len(example.prompt), decode
+    return model, reference, samples, rollouts, example, decode
 
 
 def error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("attention, temperature", [("packed", 1.0), ("packed", 0.7), ("sdpa", 0.7)])
 @pytest.mark.parametrize("case", CASES)
-def test_expectation_is_the_gradient(case, temperature):
-    """K = 2 and 3, β = 0 and above, every reward, the penalty off and on."""
-    model, reference, samples, rollouts, start, _ = set_up(case)
+def test_expectation_is_the_gradient(case, attention, temperature):
+    """K = 2 and 3, β = 0 and above, every reward, the penalty off and on; each prompt once, or a row per rollout."""
+    model, reference, samples, rollouts, *_ = set_up(case, attention)
     plain = exact_logprobs(model, reference, samples, rollouts, temperature)
     logprobs, ref = scored(model, reference, rollouts, temperature)
     for beta, kind, gamma in itertools.product((0.0, 0.3), ("logprob", "mean_logprob", "prob"), (1.0, 2.0)):
@@ -154,20 +155,21 @@ BITES = {
 @pytest.mark.parametrize("fault", BITES)
 def test_faults_are_seen(fault):
     case, change = BITES[fault]
-    model, reference, samples, rollouts, start, decode = set_up(case)
+    model, reference, samples, rollouts, example, decode = set_up(case)
     plain = exact_logprobs(model, reference, samples, rollouts, 1.0)
     exact = exact_gradient(model, plain, rollouts, 0.3, "logprob", 1.0)
     options = change if isinstance(change, dict) else {}
     for rollout in rollouts:
         if change is None:
-            white = len(rollout.rationale) - len([*itertools.dropwhile(lambda t: decode([t]).isspace(), rollout.rationale[::-1])])
+            white = len([*itertools.takewhile(lambda t: decode([t]).isspace(), rollout.rationale[::-1])])
             if white and rollout.finished:
                 rollout.rationale = rollout.rationale[:-white]
                 rollout.actions = rollout.rationale + rollout.actions[-1:]
-                rollout.answer = rollout.example.answers[0]
+                rollout.answer = example.answers[0]
         elif callable(change):
             change(rollout)
-    ours = expected_gradient(model, *scored(model, reference, rollouts, 1.0), rollouts, 2, 0.3, "logprob", 1.0, **options)
+    logprobs, ref = scored(model, reference, rollouts, 1.0)
+    ours = expected_gradient(model, logprobs, ref, rollouts, 2, 0.3, "logprob", 1.0, **options)
     assert error(ours, exact) > 0.02
 
 
@@ -175,6 +177,6 @@ def test_a_longer_stop_that_the_answer_lacks(tiny, cups):
     """Only its first token is scored; all of it where y begins with it."""
     (_, tokenizer), (ball, answer) = tiny, (tiny[1].encode(f" it The {word} is") for word in ("ball", "answer"))
     for ids, within in ((ball, False), (answer, True)):
-        rollout = latro.cut_rollout(cups[0], ids, {2}, ["The ball is", "The answer is"], decoder(tokenizer))
+        rollout = cut_rollout(cups[0], ids, {2}, ["The ball is", "The answer is"], decoder(tokenizer))
         assert rollout.finished and rollout.rationale == ids[:1] and rollout.stop_in_answer is within
         assert rollout.actions == (ids if within else ids[:2])
