@@ -173,8 +173,9 @@ def update(policy, reference, sampler, optimizer, tokenizer,
 
     # score: log π_0(z|x); where passes hold parts of groups, log π first
     whole = not latro or size % config.rloo_k == 0
-    logprobs = torch.zeros(n, 2, device=device)  # of z and y
-    ref_logprobs, rewards, advantages = torch.zeros(3, n, device=device)
+    wide = {"dtype": torch.float64, "device": device}
+    logprobs = torch.zeros(n, 2, **wide)  # of z and y
+    ref_logprobs, rewards, advantages = torch.zeros(3, n, **wide)
     with torch.no_grad():
         for part in passes if reference else []:
             scores = score(reference, rollouts[part], temperature, False)
@@ -186,7 +187,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     clock.append(time.perf_counter())
 
     # loss: gradients of its parts add up; FSDP averages over the ranks
-    losses = torch.zeros(2, device=device)
+    losses = torch.zeros(2, **wide)
     for part in passes:
         scores = score(policy, rollouts[part], temperature)  # (size, 2)
         logprobs[part] = scores.detach()
