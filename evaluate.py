@@ -293,6 +293,9 @@ def truncate(ids: list[int], stop_ids: Collection[int],
     return n, m, True
 
 
+# ---------------------------------------------------------------------------
+# score: rollouts → log π(z|x) and log π(y|x⊕z)
+# ---------------------------------------------------------------------------
 @dataclass
 class Rollout:
     """One sequence x⊕z⊕y. `actions` are the sampled tokens of log π(z|x): z
@@ -310,22 +313,6 @@ class Rollout:
         return self.prompt + self.rationale + self.answer
 
 
-def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
-                decode) -> Rollout:
-    """Cut sampled ids where the rationale ends; the answer follows it.
-
-    One pass over x⊕z⊕y scores the stop too where y begins with it. Of another
-    stop only the first token is scored, from z's last logits."""
-    n, m, finished = truncate(ids, stop_ids, stop_seqs, decode)
-    answer = answer_ids(example, ids[:n], decode)
-    fits = m - n <= 1 or answer[:m - n] == ids[n:m]
-    actions = ids[:m] if fits else ids[:n + 1]
-    return Rollout(example.prompt, ids[:n], actions, answer, finished, fits)
-
-
-# ---------------------------------------------------------------------------
-# score: rollouts → log π(z|x) and log π(y|x⊕z)
-# ---------------------------------------------------------------------------
 def packed_attention(module, query, key, value, attention_mask, segments=None,
                      scaling=None, sliding_window=None, **kwargs):
     """Attention of a packed pass; without segments, ordinary SDPA.
@@ -480,6 +467,19 @@ def score(scorer: nn.Module, rollouts: list[Rollout],
 # ---------------------------------------------------------------------------
 # evaluate: accuracy, and log-probabilities of the gold answers
 # ---------------------------------------------------------------------------
+def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
+                decode) -> Rollout:
+    """Cut sampled ids where the rationale ends; the answer follows it.
+
+    One pass over x⊕z⊕y scores the stop too where y begins with it. Of another
+    stop only the first token is scored, from z's last logits."""
+    n, m, finished = truncate(ids, stop_ids, stop_seqs, decode)
+    answer = answer_ids(example, ids[:n], decode)
+    fits = m - n <= 1 or answer[:m - n] == ids[n:m]
+    actions = ids[:m] if fits else ids[:n + 1]
+    return Rollout(example.prompt, ids[:n], actions, answer, finished, fits)
+
+
 RATES = ("accuracy", "maj_at_k", "finished")
 
 
