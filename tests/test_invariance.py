@@ -245,17 +245,19 @@ def test_one_rank_and_two(start, tmp_path):
     """Two ranks, a prompt each, against one rank with both."""
     model, tokenizer, examples, rtol = start
     whole = one_update(model, tokenizer, examples)
-    torch.save({"model": model, "tokenizer": tokenizer, "examples": examples, "rollouts": whole[0]}, tmp_path / "start.pt")
+    start = {"model": model, "tokenizer": tokenizer, "examples": examples, "rollouts": whole[0]}
+    torch.save(start, tmp_path / "start.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     done = subprocess.run([*command, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     loaded = torch.load(tmp_path / "two.pt", weights_only=True)
-    for shares in json.load(open(tmp_path / "shares.json")):  # of weights, gradients and both moments each rank holds half
-        assert shares == [pytest.approx(0.5, abs=0.05)] * 4
+    shares = json.load(open(tmp_path / "shares.json"))
+    for of_rank in shares:  # of weights, gradients and both moments each rank holds half
+        assert of_rank == [pytest.approx(0.5, abs=0.05)] * 4
     elements = sum(p.numel() for p in model.parameters())
     planned = latro.plan(latro.Config(), model, 2)["weights, float32"] / 4 / elements
-    assert planned == pytest.approx(max(s[0] for s in json.load(open(tmp_path / "shares.json"))), abs=1e-9)
+    assert planned == pytest.approx(max(of_rank[0] for of_rank in shares), abs=1e-9)
     for kind in ("gradients", "parts of groups", "HSDP"):
         for x, y in zip(loaded[kind], whole[3], strict=True):
             assert (x - y).norm() <= rtol * max(y.norm(), 1e-3)
