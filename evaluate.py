@@ -645,6 +645,8 @@ def choose_attention(model: nn.Module, packed: bool) -> None:
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
     else keep the model's own attention and score a rollout per row. ValueError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
+    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo, of 256 tokens
+        raise ValueError("the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
     vocabulary = range(model.get_input_embeddings().num_embeddings)
     x, longer, *rest = (rng.choices(vocabulary, k=n) for n in (5, 9, 3, 4, 3, 4))
