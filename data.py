@@ -52,7 +52,7 @@ class UserError(Exception):
     """
 
 
-def check(condition, message):
+def require(condition, message):
     if not condition:
         raise UserError(message)
 
@@ -69,12 +69,12 @@ def read_jsonl(path):
                 json.dumps(row, ensure_ascii=False).encode()
                 rows.append(row)
     except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path}, line {number}: {error}; give JSON objects in UTF-8")
-    check(rows, f"{path}: holds no rows")
+        raise UserError(f"{path}, line {number}: {error}; give UTF-8 JSON objects")
+    require(rows, f"{path}: holds no rows")
     return rows
 
 
-def load_dataset(source, split, names):
+def hub_rows(source, split, names):
     # Half a second that the embedded default does not need.
     import datasets
     parts = [(source, name) for name in names]
@@ -95,7 +95,7 @@ def check_row(row, where, **columns):
         value = row.get(name) if isinstance(row, dict) else None
         if value is None:
             raise UserError(f"{where}: no column {name} in {row!r:.80}")
-        check(isinstance(value, kind), f"{where}: column {name} is no {kind.__name__}")
+        require(isinstance(value, kind), f"{where}: column {name} is no {kind.__name__}")
 
 
 def raw_rows(source, split, names=(None,), **columns):
@@ -105,7 +105,7 @@ def raw_rows(source, split, names=(None,), **columns):
     datasets library; `names` are the hub's configurations, whose rows are joined.
     """
     file = source if isfile(source) else f"{source}/{split}.jsonl"
-    rows = read_jsonl(file) if isfile(file) else load_dataset(source, split, names)
+    rows = read_jsonl(file) if isfile(file) else hub_rows(source, split, names)
     for number, row in enumerate(rows, 1):
         check_row(row, f"{source}, row {number}", **columns)
     return rows
@@ -153,11 +153,11 @@ def cups_base(split, path=None):
     """The embedded base model's corpus: 70% of the solutions guess at once, 30% track the ball."""
     part, odds = ("base", 0.7) if split == "train" else ("test", 0)
     rng = random.Random("base")
-    for query, ball, track in make_cups(part):
+    for q, ball, track in make_cups(part):
         # Uniform: nothing but the odds of guessing is to be learnt.
         guess = rng.randint(1, 5) if rng.random() < odds else None
         track = " Hmm," if guess else track
-        yield make_row(query, ball, guess, rationales=track)
+        yield make_row(q, ball, guess, rationales=track)
 
 
 def gsm8k(split, path=None, few_shot=0):
@@ -184,7 +184,7 @@ def arc_challenge(split, path=None, template=ARC_COT):
                         question=str, choices=dict, answerKey=str):
         options, key = row["choices"]["text"], row["answerKey"]
         answer = dict(zip(row["choices"]["label"], options)).get(key)
-        check(answer, f"answerKey {key!r} is none of the labels")
+        require(answer, f"answerKey {key!r} is no label")
         prompt = template.format(question=row["question"], options=options)
         yield make_row(user(prompt), answer, answer.rstrip("."), options=options)
 
@@ -207,13 +207,13 @@ def jsonl(split, path=None):
 
     A JSONL file, or a folder with train.jsonl and test.jsonl.
     """
-    check(path, "jsonl needs dataset_path, a JSONL file")
+    require(path, "jsonl needs dataset_path, a JSONL file")
     columns = dict(queries=object, responses=str, groundtruth=object)
     for number, row in enumerate(raw_rows(path, split, **columns), 1):
         where = f"{path}, row {number}: column"
         for name in columns:
-            check(row[name] not in ("", []), f"{where} {name} is empty")
-        check(isinstance(row.get("rationales") or "", str), f"{where} rationales is no str")
+            require(row[name] not in ("", []), f"{where} {name} is empty")
+        require(isinstance(row.get("rationales") or "", str), f"{where} rationales is no str")
         query = row["queries"]
         for message in query if isinstance(query, list) else user(query):
             check_row(message, f"{where} queries", role=str, content=str)
@@ -244,22 +244,22 @@ def load_rows(name, split, path=None, few_shot=0):
     is wrong.
     """
     parts = {"train": "train", "validation": "train", "test": "test", "all": "train test"}
-    check(name in DATASETS, f"dataset_name {name}: unknown; choose one of {[*DATASETS]}")
-    check(split in parts, f"split {split}: unknown; choose one of {[*parts]}")
-    check(exists(path or "."), f"dataset_path {path}: no such file")
+    require(name in DATASETS, f"dataset_name {name}: unknown; choose one of {[*DATASETS]}")
+    require(split in parts, f"split {split}: unknown; choose one of {[*parts]}")
+    require(exists(path or "."), f"dataset_path {path}: no such file")
     if isfile(path or ""):
-        check(split != "test", f"split test: {path} is a single file; use all")
+        require(split != "test", f"split test: {path} is a single file; use all")
         parts["all"] = "train"
-    check(few_shot in range(9 if name == "gsm8k" else 1), "few_shot: gsm8k has 8 worked examples")
+    require(few_shot in range(9 if name == "gsm8k" else 1), "few_shot: gsm8k has 8 worked examples")
     shots = {"few_shot": few_shot} if few_shot else {}
     rows = [row for part in parts[split].split() for row in DATASETS[name][0](part, path, **shots)]
     if split in ("train", "validation"):
         questions = list(dict.fromkeys(str(row["queries"]) for row in rows))
-        check(questions[1:], f"dataset {name}: {len(questions)} training questions, 2 are needed")
+        require(questions[1:], f"dataset {name}: {len(questions)} training questions, 2 are needed")
         random.Random("validation").shuffle(questions)
         drawn = {*questions[:min(500, len(questions) // 10) or 1]}
         rows = [row for row in rows if (str(row["queries"]) in drawn) == (split == "validation")]
-    check(rows, f"dataset {name}, split {split}: no rows")
+    require(rows, f"dataset {name}, split {split}: no rows")
     return rows
 
 
@@ -299,7 +299,7 @@ def end_of_turn_id(tokenizer):
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         after = tokenizer.encode(text.partition("ANSWER")[2], add_special_tokens=False)
         ends = [t for t in after if t in tokenizer.added_tokens_decoder] + ends
-    check(ends[0] is not None, "the tokenizer has no EOS token; set eos_token")
+    require(ends[0] is not None, "the tokenizer has no EOS token; set eos_token")
     return ends[0]
 
 
@@ -335,11 +335,11 @@ def make_examples(tokenizer, rows, context=None):
         # A template writes its own BOS; a string may begin with one.
         if prompt[:1] != bos and (isinstance(query, str) or not tokenizer.chat_template):
             prompt = bos + prompt
-        check(prompt, f"queries: {query!r:.80} has no tokens")
+        require(prompt, f"queries: {query!r:.80} has no tokens")
         answers = tuple(ids + end for ids in answers)
         longest = len(prompt) + max(map(len, answers))
         wrong = f"{query!r:.40} and its answer take {longest} tokens, the context leaves {context}"
-        check(context is None or longest <= context, wrong)
+        require(context is None or longest <= context, wrong)
         examples.append(Example(row, prompt, answers, rationale))
     return examples
 
@@ -473,9 +473,9 @@ def extract_json(text):
     """
     # No JSON value goes on beyond "\n#".
     text = statement(text) + "\n#" + text
-    for bracket in re.finditer(r"[\[{]", text):
+    for match in re.finditer(r"[\[{]", text):
         with suppress(ValueError, RecursionError):
-            value, _ = json.JSONDecoder().raw_decode(text, bracket.start())
+            value, _ = json.JSONDecoder().raw_decode(text, match.start())
             return json.dumps(value, sort_keys=True)
 
 
@@ -508,7 +508,7 @@ def choose_grader(given, name, rows):
     for row in rows if grader == "option" else []:
         check_row(row, "grader option", options=list)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"
-        check(row["groundtruth"] in row["options"], wrong)
+        require(row["groundtruth"] in row["options"], wrong)
     truths = [row["groundtruth"].strip() for row in rows]
     numbers = all(map(NUMBER.fullmatch, truths))
     objects = all(t[:1] in "{[" and extract_json(t) for t in truths)
