@@ -11,7 +11,6 @@ Everything that touches a model is one of two verbs, in training and here:
 
 Training evaluates with the `evaluate` below, so the two cannot disagree.
 """
-import atexit
 import dataclasses
 import datetime
 import difflib
@@ -23,13 +22,14 @@ import os
 import random
 import re
 import sys
-import traceback
 import types
 import typing
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from os.path import basename, dirname, exists, isdir, isfile
+from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
 
@@ -48,8 +48,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data import (DATASETS, EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder,
-                  embedded_model, end_of_turn_id, grade, load_rows, make_examples, prompt_text)
+from data import (DATASETS, EMBEDDED, Example, UserError, answer_ids, check_gold, choose_grader, decoder,
+                  embedded_model, end_of_turn_id, grade, load_rows, make_examples, prompt_text, require)
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()  # ours show the long work
@@ -483,10 +483,9 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
 RATES = ("accuracy", "maj_at_k", "finished")
 
 
-def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, *,
-             response_length: int, num_samples: int = 0, temperature: float = 1.0,
-             stop_token: str = "eos", stop_seqs: Sequence[str] = (), batch_size: int = 64,
-             seed: int = 0, title: str = "") -> dict:
+def evaluate(model, tokenizer, examples: list[Example], grader: str, *, response_length: int,
+             num_samples=0, temperature=1.0, stop_token="eos", stop_seqs=(), batch_size=64, seed=0,
+             title="") -> dict:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the
     gold answers.
 
@@ -495,56 +494,55 @@ def evaluate(model: nn.Module, tokenizer, examples: list[Example], grader: str, 
     in the order of `examples`."""
     decode, scorer = decoder(tokenizer), Scorer(model)
     stop_ids = stop_token_ids(tokenizer, model, stop_token)
-    mine = range(rank(), len(examples), world_size())
-    some = [examples[i] for i in mine]
-    bar = tqdm(total=len(some) * (1 + num_samples), desc=title, unit="answer", leave=False,
+    begin, end = (len(examples) * r // world_size() for r in (rank(), rank() + 1))
+    mine = examples[begin:end]
+    bar = tqdm(total=len(mine) * (1 + num_samples), desc=title, unit="answer", leave=False,
                disable=rank() > 0)
 
-    def stop(ids: list[int]) -> bool:
+    def stop(ids):
         ended = ids[-1] in stop_ids or len(ids) == response_length
         bar.update(ended)
         return ended
 
-    def outputs(k: int, heat: float = 0.0, noise=None) -> list[list[dict]]:
+    def outputs(k: int, heat=0.0, noise=None) -> list[list[dict]]:
         """k graded outputs of each of this rank's examples."""
-        sampled = generate(model, [e.prompt for e in some], response_length, num_samples=k,
+        sampled = generate(model, [e.prompt for e in mine], response_length, num_samples=k,
                            temperature=heat, uniforms=noise, stop=stop, batch_size=batch_size)
-        rollouts = [cut_rollout(some[i // k], ids, stop_ids, stop_seqs, decode)
-                    for i, (ids, _) in enumerate(sampled)]
+        examples = [e for e in mine for _ in range(k)]
+        rollouts = [cut_rollout(e, ids, stop_ids, stop_seqs, decode)
+                    for e, (ids, _) in zip(examples, sampled)]
         graded = []
-        for r, logprob in zip(rollouts, answer_logprobs(scorer, rollouts)):
-            ids, _ = sampled[len(graded)]
+        for e, (ids, _), r, logprob in zip(
+                examples, sampled, rollouts, answer_logprobs(scorer, rollouts)):
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
-            prediction, correct = grade(grader, output, some[len(graded) // k].row)
+            prediction, correct = grade(grader, output, e.row)
             graded.append({"output": output, "prediction": prediction, "correct": correct,
                            "finished": r.finished, "rationale_length": len(r.rationale),
                            "answer_logprob": logprob})
         return [graded[i:i + k] for i in range(0, len(graded), k)]
 
-    greedy, sampled = outputs(1), [[]] * len(some)
+    greedy, sampled = outputs(1), [[]] * len(mine)
     if num_samples:
-        keys = [f"{seed}/evaluate/{i}/{j}" for i in mine for j in range(num_samples)]
+        keys = [f"{seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
         sampled = outputs(num_samples, temperature, uniform_rows(keys, response_length))
     bar.close()
-    bare = answer_logprobs(scorer, [
-        Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in some])
+    bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
     rows = []
-    for e, [row], samples, logprob in zip(some, greedy, sampled, bare):
-        rows.append({"query": prompt_text(tokenizer, e.row["queries"]),
-                     "groundtruth": e.row["groundtruth"], **row,
-                     "answer_logprob": mean(s["answer_logprob"] for s in samples or [row]),
-                     "answer_logprob_no_rationale": logprob,
+    for e, [row], samples, logprob in zip(mine, greedy, sampled, answer_logprobs(scorer, bare)):
+        query = prompt_text(tokenizer, e.row["queries"])
+        answer = mean(s["answer_logprob"] for s in samples or [row])
+        rows.append({"query": query, "groundtruth": e.row["groundtruth"], **row,
+                     "answer_logprob": answer, "answer_logprob_no_rationale": logprob,
                      "majority": majority(samples), "samples": samples})
-    rows = [row for _, row in sorted(gather([*zip(mine, rows)]), key=lambda pair: pair[0])]
+    rows = gather(rows)
+    names = {"accuracy": "correct", "maj_at_k": "majority"} if num_samples else {"accuracy": "correct"}
+    names |= {name: name for name in ("finished", "answer_logprob", "answer_logprob_no_rationale",
+                                      "rationale_length")}
     result = {"n": len(rows), "num_samples": num_samples}
-    names = {"accuracy": "correct", "finished": "finished", "rationale_length": "rationale_length",
-             "answer_logprob": "answer_logprob",
-             "answer_logprob_no_rationale": "answer_logprob_no_rationale"}
-    if num_samples:
-        names["maj_at_k"] = "majority"
-    result |= {name: mean(row[column] for row in rows) for name, column in names.items()}
-    result |= {f"{name}_ci95": interval95(result[name], len(rows))
-               for name in RATES if name in result}
+    for name, column in names.items():
+        result[name] = mean(row[column] for row in rows)
+        if name in RATES:
+            result[f"{name}_ci95"] = interval95(result[name], len(rows))
     return result | {"rows": rows}
 
 
@@ -566,9 +564,9 @@ def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
     return {end_of_turn_id(tokenizer), *own, *asked} - {None}
 
 
-def uniform_rows(keys: Sequence[str], length: int) -> torch.Tensor:
+def uniform_rows(keys, length: int) -> torch.Tensor:
     """(rows, length) uniform numbers in [0, 1), float64; each row a pure function of its key."""
-    rows = [[generator.random() for _ in range(length)] for generator in map(random.Random, keys)]
+    rows = [[rng.random() for _ in range(length)] for rng in map(random.Random, keys)]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), length)
 
 
@@ -600,48 +598,42 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(path: str, dtype: torch.dtype | str, device: torch.device | str = "cpu",
-               attn_implementation: str = "auto", trust_remote_code: bool = False):
+def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust_remote_code=False):
     """(model, tokenizer) of a folder or hub id, weights in `dtype` ("auto": their own); "embedded":
     the random tiny model that the embedded base is trained from.
 
     UserError where either cannot be loaded, they do not fit together, or generate and score do not
     agree with the model's own forward pass."""
-    looks_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1
-    if not os.path.isdir(path) and (looks_local or os.path.exists(path)):
-        made = "; `python latro.py` makes it" if path == EMBEDDED else ""
-        raise UserError(f"model {path}: no such folder{made}")
+    trust = {"trust_remote_code": trust_remote_code}
     own = None if attn_implementation == "auto" else attn_implementation
     try:
         if path == "embedded":
             model, tokenizer = embedded_model()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-                output_loading_info=True, attn_implementation=own)
-            if info["missing_keys"]:
-                raise ValueError(f"the weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        model.to(device).eval()
-        choose_attention(model, packed=own is None)
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                attn_implementation=own, **trust)
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            require(not missing, f"the weights lack {missing}")
+        # special tokens may lie outside the embedding, as the image token of Gemma 3's text models
+        held = model.get_input_embeddings().num_embeddings
+        ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+        require(max([tokenizer.vocab_size - 1, *ordinary]) < held,
+                f"its tokenizer has {len(tokenizer)} tokens and its embedding {held}")
+        choose_attention(model.to(device).eval(), packed=own is None)
     except Exception as error:  # dozens of types: no network, a broken file, no access
-        raise UserError(f"model {path}: cannot be used ({first_line(error)}); give the folder or "
-                        "hub id of a causal language model") from None
-    held = model.get_input_embeddings().num_embeddings
-    # special tokens may lie outside, as Gemma 3's image token in its text models
-    ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
-    if max([tokenizer.vocab_size - 1, *ordinary]) >= held:
-        raise UserError(f"model {path}: its tokenizer has {len(tokenizer)} tokens and its "
-                        f"embedding {held}; they do not belong together")
+        way = "`python latro.py` makes it" if path == EMBEDDED else "give a folder or hub id"
+        raise UserError(f"model {path}: cannot be used ({first_line(error)}); {way}") from None
     return model, tokenizer
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @torch.no_grad()
-def choose_attention(model: nn.Module, packed: bool) -> None:
+def choose_attention(model, packed: bool) -> None:
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
     else keep the model's own attention and score a rollout per row. ValueError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
@@ -649,15 +641,14 @@ def choose_attention(model: nn.Module, packed: bool) -> None:
         raise ValueError("the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    x, longer, *rest = (rng.choices(vocabulary, k=n) for n in (5, 9, 3, 4, 3, 4))
-    rollouts = [Rollout(x, z, z, z[::-1]) for z in rest[:2]]
-    rollouts += [Rollout(longer, z, z, z[::-1]) for z in rest[2:]]
+    x, longer, *rest = (rng.choices(vocabulary, k=n) for n in (5, 9, 3, 4, 4, 3))
+    rollouts = [Rollout(prompt, z, z, z[1:]) for prompt, z in zip((x, x, longer, longer), rest)]
 
-    def plain(prompt: list[int], ids: list[int]) -> float:
+    def plain(prompt, ids) -> float:
         """log π(ids|prompt) by the model's own forward pass."""
-        tokens = torch.tensor([prompt + ids], device=model.device)
-        logprobs = model(input_ids=tokens).logits[0].double().log_softmax(-1)
-        return logprobs[range(len(prompt) - 1, len(prompt) + len(ids) - 1), ids].sum().item()
+        logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[0]
+        logprobs = logits[len(prompt) - 1:-1].double().log_softmax(-1)
+        return logprobs[range(len(ids)), ids].sum().item()
 
     expected = [plain(r.prompt, r.rationale + r.answer) for r in rollouts]
     tolerance = 0.01 if model.dtype.itemsize > 2 else 1.0  # nats, of some 50
@@ -666,17 +657,17 @@ def choose_attention(model: nn.Module, packed: bool) -> None:
             model.set_attn_implementation(attention)
             sampled = generate(model, [x, longer], 4, num_samples=2, temperature=1.0,
                                uniforms=uniform_rows("abcd", 4), batch_size=3)
-            pairs = {"score": zip(score(Scorer(model), rollouts).sum(1).tolist(), expected),
-                     "generate": [(sum(logprobs), plain(r.prompt, ids))
-                                  for r, (ids, logprobs) in zip(rollouts, sampled)]}
-            for verb, numbers in pairs.items():
-                gap = max(abs(a - b) for a, b in numbers)
-                if not gap <= tolerance:
-                    raise ValueError(f"{verb} is off by {gap:.2g} nats from its forward pass")
+            scores = score(Scorer(model), rollouts).sum(1).tolist()
+            gaps = {"score": [a - b for a, b in zip(scores, expected)],
+                    "generate": [sum(logprobs) - plain(r.prompt, ids)
+                                 for r, (ids, logprobs) in zip(rollouts, sampled)]}
+            for verb, off in gaps.items():
+                off = max(map(abs, off))
+                require(off <= tolerance, f"{verb} is {off:.2g} nats off its forward pass")
             return
         except Exception as error:  # it has no such attention, or reads its mask otherwise
             if attention == own:
-                raise ValueError(f"it cannot be sampled or scored: {first_line(error)}") from None
+                raise ValueError(f"cannot be sampled and scored: {first_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------
@@ -690,9 +681,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def gather(items: list) -> list:
     """The items of all ranks, on every rank, in the order of the ranks."""
-    parts: list = [items] * world_size()
+    parts = [items] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
@@ -701,17 +697,15 @@ def gather(items: list) -> list:
 def on_rank_0(work: Callable[[], object]):
     """work()'s result on every rank, run on rank 0 alone; what goes wrong there is raised on all:
     none waits."""
-    outcome: list = [None, None]
+    result = error = None
     if rank() == 0:
         try:
-            outcome[0] = work()
-        except (UserError, OSError) as error:
-            outcome[1] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+            result = work()
+        except (UserError, OSError) as caught:
+            error = str(caught)
+    result, error = gather([(result, error)])[0]
+    require(error is None, error)
+    return result
 
 
 def init_distributed() -> torch.device:
@@ -722,36 +716,28 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {
-            "store": dist.HashStore(), "rank": 0, "world_size": 1}
-        wait = datetime.timedelta(hours=1)  # for rank 0, which may write a large model
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **alone)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", **alone if "RANK" not in os.environ else {},
+                                timeout=datetime.timedelta(hours=1))  # rank 0 writes large models
     return device
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # where it cannot show a π
     code = 0
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # where it cannot show a π
     try:
         main(sys.argv[1:])
     except (UserError, OSError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:  # outside the training loop, which finishes its step
-        code = 130
     except SystemExit as end:
         code = end.code
-    except Exception:
-        traceback.print_exc()
-        code = 1
     ranks = world_size()
     if dist.is_initialized() and (ranks == 1 or code == 0):  # else NCCL might wait for other ranks
         dist.destroy_process_group()
     if ranks > 1:  # a thread of gloo's outlives the group, and would abort an orderly shutdown
-        atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -796,13 +782,11 @@ class Common:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) in (int, float) and not 0 < value < math.inf:
-                if value != 0 or name not in self.may_be_0:
-                    raise UserError(f"{name}: {value} is not a number above 0")
-        if self.num_samples and not self.temperature:
-            raise UserError("temperature: 0 makes all num_samples samples the same; use more")
-        if "" in self.stop_seqs:
-            raise UserError("stop_seqs: an empty string would end every rationale at once")
+            if type(value) in (int, float) and not (value == 0 and name in self.may_be_0):
+                require(0 < value < math.inf, f"{name}: {value} is no number above 0")
+        require(self.temperature or not self.num_samples,
+                "temperature: 0 makes all num_samples samples the same")
+        require("" not in self.stop_seqs, "stop_seqs: an empty string would end every rationale")
 
 
 @dataclass
@@ -816,14 +800,6 @@ class Settings(Common):
     # JSON file of --model's result; default: evaluation-NAME….json in its run, or here
     out: str | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        out = self.out or "out.json"
-        if self.out and self.model is None:
-            raise UserError(f"out {out}: needs --model")
-        if os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
-            raise UserError(f"out {out}: not a file in a folder that exists")
-
 
 def describe(cls: type) -> dict[str, str]:
     """What each key means: the comment above it."""
@@ -832,17 +808,15 @@ def describe(cls: type) -> dict[str, str]:
 
 
 def convert(kind, value):
-    """A value of YAML, or a word of a command line, as a field's type; ValueError or KeyError
-    where it is none."""
+    """A value of YAML, or a word of a command line, as a field's type; ValueError where it is none."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # … | None
-        return None if str(value).lower() in ("none", "null") else convert(inner[0], value)
+        return None if value in (None, "none", "null") else convert(inner[0], value)
     if origin is list:
-        words = value if isinstance(value, list) else [value]
-        return [str(word) for word in words if word is not None]
+        return [str(word) for word in (value if isinstance(value, list) else [value] if value else [])]
     if origin is Literal:
-        return dict(zip(inner, inner))[value]
-    return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+        return inner[inner.index(value)]
+    return ("false", "true").index(str(value).lower()) == 1 if kind is bool else kind(str(value))
 
 
 def settle(cls: type, *layers: dict):
@@ -850,13 +824,12 @@ def settle(cls: type, *layers: dict):
     the nearest known one, or the key whose value has the wrong type."""
     kinds, values = {f.name: f.type for f in dataclasses.fields(cls)}, {}
     for name, value in (pair for layer in layers for pair in layer.items()):
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all"
-            raise UserError(f"{name}: unknown key; {hint}")
+        near = difflib.get_close_matches(name, kinds, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        require(name in kinds, f"{name}: unknown key; {hint}")
         try:
             values[name] = convert(kinds[name], value)
-        except (ValueError, KeyError):
+        except ValueError:
             kind = str(getattr(kinds[name], "__name__", kinds[name])).removeprefix("typing.")
             raise UserError(f"{name}: {value!r} is not of the kind {kind}") from None
     return cls(**values)
@@ -865,22 +838,20 @@ def settle(cls: type, *layers: dict):
 def parse(cls: type, argv: list[str], doc: str) -> dict:
     """The keys of a command line, --key value or --key=value; a list takes all words up to the next
     key. --help prints `doc` and every key."""
-    if {"--help", "-h"} & {*argv}:
+    if "--help" in argv:
         defaults, keys = vars(cls()), describe(cls)
         print(doc, *(f"  --{k:<29} {keys[k]} [{defaults[k]}]" for k in keys), sep="\n")
-        raise SystemExit(0)
-    given: dict = {}
+        sys.exit()
+    given = {}
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             given[name] = [value] if equals else []
-        elif not given:
-            raise UserError(f"{word}: keys begin with --")
         else:
+            require(given, f"{word}: keys begin with --")
             given[name].append(word)
     for name in given.keys() - {"stop_seqs"}:
-        if len(given[name]) != 1:
-            raise UserError(f"{name}: takes one value, not {' '.join(given[name]) or 'none'}")
+        require(len(given[name]) == 1, f"{name}: takes one value, not {len(given[name])}")
         [given[name]] = given[name]
     return given
 
@@ -888,8 +859,7 @@ def parse(cls: type, argv: list[str], doc: str) -> dict:
 def read_yaml(path: str) -> dict:
     """The keys of a YAML file; UserError where it holds anything else."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return dict(yaml.safe_load(file) or {})
+        return dict(yaml.safe_load(Path(path).read_text("utf-8")) or {})
     except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as lines of `key: value` ({reason})") from None
@@ -898,83 +868,87 @@ def read_yaml(path: str) -> dict:
 # ---------------------------------------------------------------------------
 # The script
 # ---------------------------------------------------------------------------
-def is_run(folder: str) -> bool:
+def is_run(folder) -> bool:
     """Whether latro.py made a folder: a config.yaml alone may be anybody's."""
-    return {"config.yaml", "metrics.jsonl"} <= {*(os.listdir(folder) if os.path.isdir(folder) else ())}
+    return exists(f"{folder}/config.yaml") and exists(f"{folder}/metrics.jsonl")
 
 
 def newest_run() -> str:
     """The newest run that holds a trained model; the embedded base, which all start from, is none."""
-    runs = [os.path.dirname(path) for path in glob.glob("runs/*/best")]
-    runs = [run for run in runs if is_run(run) and run != os.path.dirname(EMBEDDED)]
-    if not runs:
-        raise UserError("no trained run under runs/; train one with `python latro.py`, or name a "
-                        "model with --model")
+    runs = [run for run in map(dirname, glob.glob("runs/*/best")) if is_run(run)]
+    runs = [run for run in runs if run != dirname(EMBEDDED)]
+    require(runs, "no trained run under runs/: `python latro.py` trains one, --model names a model")
     return max(runs, key=lambda run: os.path.getmtime(f"{run}/config.yaml"))
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate --model, or the base beside the best model of the newest run, whose settings count
-    where the command line says nothing."""
-    given = parse(Settings, argv, __doc__)
-    model, config, inherited = given.get("model"), {}, {}
-    run = os.path.dirname(os.path.normpath(model)) if model else newest_run()
-    if is_run(model or ""):
-        raise UserError(f"model {model}: a run, not a model; give {os.path.join(model, 'best')}")
+    """Evaluate --model, or the base beside the best model of the newest run. The settings of the
+    run count where the command line says nothing."""
+    given, config, inherited = parse(Settings, argv, __doc__), {}, {}
+    model = given.get("model")
+    require(not is_run(model), f"model {model}: a run, not a model; give {model}/best")
+    run = dirname(os.path.normpath(model)) if model else newest_run()
     if is_run(run):
-        config = read_yaml(os.path.join(run, "config.yaml"))
+        config = read_yaml(f"{run}/config.yaml")
         names = {f.name for f in dataclasses.fields(Common)} - {"seed"}
         if given.get("dataset_name") not in (None, config["dataset_name"]):
             names -= {"dataset_path", "grader", "limit"}  # they are of the run's own dataset
         inherited = {k: v for k, v in config.items() if k in names}
-    judge(settle(Settings, inherited, given), run, config)
-
-
-def judge(s: Settings, run: str, config: dict) -> None:
-    """Evaluate s.model, or the base beside the best model of a run with that config; write the JSON
-    of each and print the table."""
-    if s.dataset_name is None:
-        raise UserError(f"dataset_name: which one? {', '.join(DATASETS)}")
-    device, closing = init_distributed(), closing_split(s.dataset_path)
-    if config and rank() == 0:
-        print(f"settings: those of {run}, but for the command line's")
-    split = s.split or ("all" if closing == "validation" else "test")
+    s = settle(Settings, inherited, given)
+    require(s.dataset_name, f"dataset_name: which one? {', '.join(DATASETS)}")
+    # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
+    part = [str(given[k]) for k in ("dataset_name", "split", "few_shot", "limit") if k in given]
+    out = s.out or f"{run if config else '.'}/{'-'.join(['evaluation', '{}', *part])}.json"
+    require(model or not s.out, f"out {out}: needs --model")
+    require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in a folder that exists")
+    split = s.split or ("all" if isfile(s.dataset_path or "") else "test")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader = choose_grader(s.grader, s.dataset_name, rows)
-    models, results = {os.path.basename(os.path.normpath(s.model or "")): s.model}, {}
-    if s.model is None:
-        models = {"base": config["model_name_or_path"], "best": os.path.join(run, "best")}
+    models = {"base": config.get("model_name_or_path"), "best": f"{run}/best"}
+    if model:
+        models = {basename(os.path.normpath(model)): model}
+    init_distributed()
+    if config:
+        say(f"settings: those of {run}, but for the command line's")
+    check_rows(rows, grader)
+    judge(s, models, rows, grader, split, out)
+
+
+def check_rows(rows: list[dict], grader: str) -> None:
+    """Say which gold responses their grader calls wrong."""
+    wrong, row = check_gold(rows, grader)
+    if wrong:
+        say(f"warning: the grader {grader} calls {wrong} of {len(rows)} gold responses wrong; the first "
+            f"is {row['responses']!r}, groundtruth {row['groundtruth']!r}")
+
+
+def judge(s: Common, models: dict[str, str], rows: list[dict], grader: str, split: str, out: str):
+    """Evaluate models, {label: path}, on the same rows; write each one's JSON to out.format(label),
+    print the table."""
+    device, results = init_distributed(), {}
+    dtype = resolve_dtype(s.dtype, device)
     for label, path in models.items():
-        dtype = resolve_dtype(s.dtype, device)
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
-        room = context_left(model, s.response_length)
+        examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length))
         results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | evaluate(
-            model, tokenizer, make_examples(tokenizer, rows[:s.limit], room), grader,
-            response_length=s.response_length, num_samples=s.num_samples, seed=s.seed, title=label,
-            temperature=s.temperature, stop_token=s.stop_token, stop_seqs=s.stop_seqs,
-            batch_size=s.per_device_eval_batch_size)
+            model, tokenizer, examples, grader, response_length=s.response_length,
+            num_samples=s.num_samples, temperature=s.temperature, stop_token=s.stop_token,
+            stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed, title=label)
         del model  # one at a time is held
-    if rank() > 0:
-        return
-    part = f"-{s.dataset_name}" if s.dataset_name != config.get("dataset_name", s.dataset_name) else ""
-    part += f"-{split}" if split != closing else ""
-    part += f"-{s.few_shot}-shot" if s.few_shot else ""
-    part += f"-{s.limit}" if s.limit != config.get("limit") else ""  # else a name of its own
-    outs = {label: s.out or os.path.join(run if config else ".", f"evaluation-{label}{part}.json")
-            for label in results}
-    for label, out in outs.items():  # before anything is printed: the pipe may be closed
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(results[label], file, indent=1, ensure_ascii=False)
-    print_results(results)
-    print("\n".join(f"{label}: every row in {out}" for label, out in outs.items()))
+    if rank() == 0:
+        for label, result in results.items():  # before anything is printed: the pipe may be closed
+            text = json.dumps(result, indent=1, ensure_ascii=False)
+            Path(out.format(label)).write_text(text, "utf-8")
+        print_results(results)
+        print("\n".join(f"{label}: every row in {out.format(label)}" for label in results))
 
 
-def closing_split(dataset_path: str | None) -> str:
+def closing_split(dataset_path) -> str:
     """What a run's closing table is made of: a single file has no test rows."""
-    return "validation" if os.path.isfile(dataset_path or "") else "test"
+    return "validation" if isfile(dataset_path or "") else "test"
 
 
-def context_left(model: nn.Module, response_length: int) -> int | None:
+def context_left(model, response_length: int) -> int | None:
     """Tokens that the model's context leaves for x⊕y beside a rationale."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return context and context - response_length
@@ -986,22 +960,20 @@ def print_results(results: dict[str, dict]) -> None:
     labels = {"accuracy": "greedy accuracy", "maj_at_k": f"maj@{first['num_samples']}",
               "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
               "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
-
-    def cell(result: dict, name: str) -> str:
-        low, high = result.get(f"{name}_ci95", (0, 0))
-        return f"{result[name]:.1%} [{low:.1%}, {high:.1%}]" if name in RATES else f"{result[name]:.3f}"
-
     print(f"\n{first['split']}: {first['n']} questions; rates with their 95% interval")
-    print(" " * 31 + "".join(f"{name:>24}" for name in results))
-    for name in (name for name in labels if name in first):
-        cells = "".join(f"{cell(result, name):>24}" for result in results.values())
-        print(f"  {labels[name]:<29}{cells}")
+    print(f"  {'':<29}" + "".join(f"{name:>24}" for name in results))
+    for name in filter(first.__contains__, labels):
+        line = f"  {labels[name]:<29}"
+        for result in results.values():
+            low, high = result.get(f"{name}_ci95", (0, 0))
+            cell = f"{result[name]:.1%} [{low:.1%}, {high:.1%}]" if high else f"{result[name]:.3f}"
+            line += f"{cell:>24}"
+        print(line)
     for i, row in enumerate(first["rows"][:2]):
         print(f"\n  Q: {row['query'].strip()}\n  gold: {row['groundtruth']}")
         for name, result in results.items():
             row = result["rows"][i]
-            verdict = "right" if row["correct"] else "wrong"
-            print(f"  {name} ({verdict}): {row['output'].strip()}")
+            print(f"  {name} ({'right' if row['correct'] else 'wrong'}): {row['output'].strip()}")
     print(flush=True)
 
 

@@ -18,13 +18,14 @@ temperature that it was sampled at.
 """
 import copy
 import dataclasses
+import fcntl
 import functools
 import gc
+import glob
 import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -34,6 +35,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from os.path import basename, dirname, exists, getsize
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -51,12 +54,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (EMBEDDED, Example, UserError, answer_ids, check_gold, choose_grader, decoder,
-                  embedded_model, load_rows, make_examples, read_jsonl)
-from evaluate import (Common, Rollout, Scorer, Settings, closing_split, context_left, cut_rollout,
+from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
+                  load_rows, make_examples, read_jsonl, require)
+from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, context_left, cut_rollout,
                       evaluate, first_line, gather, generate, init_distributed, judge, load_model,
-                      on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, score, settle,
+                      on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, say, score, settle,
                       stop_token_ids, stopper, uniform_rows, world_size)
+
+HERE = dirname(os.path.abspath(__file__))
+EMBEDDED_NAME = EMBEDDED.partition("/")[2]  # in whatever output_dir
 
 
 # ---------------------------------------------------------------------------
@@ -214,47 +220,47 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     optimizer.zero_grad()
     numbers = [*losses.tolist(), norm.item(), 1 - finite.item()]
     clock.append(time.perf_counter())
-    figures = collect(rollouts, rewards, advantages, logprobs, ref_logprobs)
+    figures = describe_rollouts(rollouts, logprobs, ref_logprobs)
+    figures |= {"reward": rewards, "advantage": advantages}
     if not reference:
         figures["kl"] *= math.nan  # not 0: not measured
-    return rollouts, figures, measure(rollouts, figures, numbers, clock, policy, reference, device)
+    row = {name: figures[name].mean().item() for name in LOGGED}
+    row |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
+    row |= zip(("generate_s", "score_s", "train_s"),
+               (b - a for a, b in zip(clock, clock[1:])))
+    scorers = [policy, reference] if reference else [policy]
+    return rollouts, figures, reduce_metrics(row, rollouts, scorers, device)
 
 
 LOGGED = ("reward", "answer_logprob", "kl", "sampling_gap", "finished", "stop_in_answer",
           "rationale_length")
 
 
-def collect(rollouts, rewards, advantages, logprobs, ref_logprobs) -> dict[str, torch.Tensor]:
-    """Figures of each rollout, (n,) float64 on the CPU."""
-    z, y = logprobs.double().cpu().T
-    figures = {"reward": rewards, "advantage": advantages, "answer_logprob": y,
-               "rationale_logprob": z, "ref_rationale_logprob": ref_logprobs}
-    figures = {name: x.double().cpu() for name, x in figures.items()}
-    figures["kl"] = z - figures["ref_rationale_logprob"]
-    figures["rationale_length"] = z.new_tensor([len(r.rationale) for r in rollouts])
-    for name in ("finished", "stop_in_answer", "sampler_logprob"):
-        figures[name] = z.new_tensor([getattr(r, name) for r in rollouts])
-    figures["sampling_gap"] = (z - figures.pop("sampler_logprob")).abs()
-    return figures
+def describe_rollouts(rollouts: list[Rollout], logprobs, ref_logprobs) -> dict[str, torch.Tensor]:
+    """Figures of each rollout, (n,)."""
+    z, y = logprobs.T
+    sampled, finished, fits, length = z.new_tensor([
+        (r.sampler_logprob, r.finished, r.stop_in_answer, len(r.rationale)) for r in rollouts]).T
+    return {"answer_logprob": y, "rationale_logprob": z, "ref_rationale_logprob": ref_logprobs,
+            "kl": z - ref_logprobs, "sampling_gap": (z - sampled).abs(), "finished": finished,
+            "stop_in_answer": fits, "rationale_length": length}
 
 
-def measure(rollouts, figures, numbers, clock, policy, reference, device) -> dict[str, float]:
-    """A step's row of metrics. Every rank has as many rollouts: means of means are exact."""
-    means = {name: figures[name].mean().item() for name in LOGGED}
-    means |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
-    means |= zip(("generate_s", "score_s", "train_s"), (b - a for a, b in zip(clock, clock[1:])))
-    means["tokens"] = sum(len(r.ids) for r in rollouts)
-    scorers = [policy, reference] if reference else [policy]
-    means["positions"] = sum(scorer.positions for scorer in scorers)
+def reduce_metrics(row: dict, rollouts: list[Rollout], scorers, device) -> dict[str, float]:
+    """A step's row of metrics, means over the ranks: all have as many rollouts, so means of means
+    are exact."""
+    row["tokens"] = sum(len(r.ids) for r in rollouts)
+    row["positions"] = sum(scorer.positions for scorer in scorers)
     for scorer in scorers:
         scorer.positions = 0
-    total = torch.tensor([*means.values()], dtype=torch.float64, device=device)
+    total = torch.tensor([*row.values()], dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    means = dict(zip(means, (total / world_size()).tolist()))
-    tokens, positions = means.pop("tokens"), means.pop("positions")
-    seconds = means["generate_s"] + means["score_s"] + means["train_s"]
-    return means | {"step_s": seconds, "tokens_per_s": tokens * world_size() / seconds,
-                    "work_ratio": positions / (tokens * len(scorers))}
+    row = dict(zip(row, (total / world_size()).tolist()))
+    tokens, positions = row.pop("tokens"), row.pop("positions")
+    row["step_s"] = row["generate_s"] + row["score_s"] + row["train_s"]
+    row["tokens_per_s"] = tokens * world_size() / row["step_s"]
+    row["work_ratio"] = positions / (tokens * len(scorers))
+    return row
 
 
 # ---------------------------------------------------------------------------
@@ -393,17 +399,15 @@ class Config(Common):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.penalty_reward_value < 1:
-            raise UserError(f"penalty_reward_value: {self.penalty_reward_value} is below 1: a "
-                            "bonus, not a penalty")
-        if self.checkpoint_path == "latest" and self.run_name is None:
-            raise UserError("checkpoint_path: latest needs run_name, the run to continue")
-        if self.objective == "latro" and self.rloo_k < 2:
-            raise UserError("rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
-        if self.objective == "latro" and self.sequences % self.rloo_k:
-            raise UserError(f"rloo_k: {self.rloo_k} does not divide per_device_train_batch_size * "
-                            f"gradient_accumulation_steps = {self.sequences}; a step takes whole "
-                            "groups of rloo_k")
+        self.limit = 4 if self.sanity_check else self.limit
+        k, sequences = self.rloo_k, self.sequences
+        require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
+        require(self.checkpoint_path != "latest" or self.run_name,
+                "checkpoint_path: latest needs run_name, the run to continue")
+        if self.objective == "latro":
+            require(k > 1, "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
+            require(sequences % k == 0, f"rloo_k: {k} does not divide per_device_train_batch_size * "
+                                        f"gradient_accumulation_steps = {sequences}")
 
     @property
     def sequences(self) -> int:  # per step and rank
@@ -417,39 +421,46 @@ class Config(Common):
     def needs_reference(self) -> bool:
         return self.objective == "latro" and self.kl_coef > 0
 
-    def total_steps(self, count: int, ranks: int, step: int = 0, consumed: int = 0) -> int:
+    def total_steps(self, count: int, ranks: int, step=0, consumed=0) -> int:
         """Updates of a run over `count` prompts, after `step` of them with `consumed` prompts."""
         left = round(self.num_train_epochs * count) - consumed
-        steps = step + math.ceil(left / (self.prompts * ranks))
-        return max(step, self.max_steps or steps, 1)
+        return max(step, self.max_steps or step + math.ceil(left / self.prompts / ranks), 1)
 
 
 def load_config(argv: list[str]) -> Config:
     """The settings of a command line; --config names a YAML file as given, or one in configs/."""
     given = parse(Config, argv, __doc__)
-    path = given.pop("config", None)
-    if path is None and not {"model_name_or_path", "dataset_name"} & given.keys():
-        path = "tiny.yaml"
-    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", path or "")
-    if path and not os.path.exists(path) and os.path.exists(shipped):
-        path = shipped
+    own = {"model_name_or_path", "dataset_name"} & given.keys()
+    path = given.pop("config", None if own else "tiny.yaml")
+    if path and not exists(path):
+        path = f"{HERE}/configs/{path}"
     return settle(Config, read_yaml(path) if path else {}, given)
 
 
 # ---------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------
-def export(folder: str, policy: Scorer, sampler, tokenizer, dtype: torch.dtype) -> None:
-    """Write the trained weights in `dtype` as a Hugging Face folder; whole, or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in sampler.named_buffers()}
-    weights = {name: weights[name] for name in sampler.state_dict() if name in weights}
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def publish(partial: str, final: str) -> None:
+    """Put a finished folder in its place by renaming: it is there whole, or not at all."""
+    if exists(final):
+        os.rename(final, f"{final}.old")
+    os.rename(partial, final)
+    shutil.rmtree(f"{final}.old", ignore_errors=True)
+
+
+def export(folder: str, policy: Scorer, sampler, tokenizer, dtype) -> None:
+    """Write the trained weights in `dtype` as a Hugging Face folder."""
+    buffers, partial = dict(sampler.named_buffers()), f"{folder}.partial"
+    weights = {name: x.cpu() for name, x in sampler.state_dict().items() if name in buffers}
     for name, parameter in policy.model.named_parameters():
         weight = full(parameter.detach())  # collective: every rank takes part
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
 
     def write():
-        partial, old = folder + ".partial", folder + ".old"
         try:
             sampler.save_pretrained(partial, state_dict=weights)
             sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
@@ -458,72 +469,62 @@ def export(folder: str, policy: Scorer, sampler, tokenizer, dtype: torch.dtype) 
         except Exception as error:  # OSError, or the safetensors library's own: a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{folder}: cannot be written ({first_line(error)})") from None
-        if os.path.exists(folder):
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(partial, folder)
 
     on_rank_0(write)
 
 
-def save_checkpoint(folder: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
-    """All that continuing needs, as folder/step-N, by torch.distributed.checkpoint; published whole
-    by a rename. The sizes of its files, in state.json, tell one that was cut short later."""
-    final, partial = os.path.join(folder, f"step-{state['step']}"), os.path.join(folder, "partial")
+def save_checkpoint(directory: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
+    """All that continuing needs, as checkpoints/step-N of the run directory, by DCP. state.json has
+    the sizes of its files, which tell one that is cut short later, and of the run's logs."""
+    partial = f"{directory}/checkpoints/partial"
+    final = f"{directory}/checkpoints/step-{state['step']}"
     on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
     weights, moments = get_state_dict(policy, optimizer)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
     except CheckpointException as error:  # on all ranks alike
         on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        reason = str(error).strip().split("\n")[-1]
-        raise UserError(f"{final}: cannot be written; is the disk full? ({reason})") from None
+        raise UserError(f"{final}: cannot be written; is the disk full? ({last_line(error)})") from None
 
-    def publish():
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(partial)}
-        with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
-            json.dump(state | {"sizes": sizes}, file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        for old in checkpoints(folder)[keep:]:
+    def finish():
+        sizes = {name: getsize(f"{partial}/{name}") for name in os.listdir(partial)}
+        logs = {name: getsize(f"{directory}/{name}") for name in LOGS}
+        text = json.dumps(state | {"sizes": sizes, "logs": logs})
+        Path(f"{partial}/state.json").write_text(text, "utf-8")
+        publish(partial, final)
+        for old in checkpoints(directory)[keep:]:
             shutil.rmtree(old)
 
-    on_rank_0(publish)
+    on_rank_0(finish)
 
 
-def checkpoints(folder: str) -> list[str]:
-    """The step-N folders of a run's checkpoints/, the newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    names = [name for name in names if re.fullmatch("step-[1-9][0-9]*", name)]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: -int(name[5:]))]
+def last_line(error) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
-def read_checkpoint(path: str) -> dict | None:
-    """The state beside the tensors of a checkpoint; None where a file is missing or cut short."""
-    try:
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        sizes = {name: os.path.getsize(os.path.join(path, name)) for name in state["sizes"]}
-    except (OSError, ValueError, KeyError):
-        return None
-    return state if sizes == state["sizes"] else None
+def checkpoints(directory: str) -> list[str]:
+    """The checkpoints/step-N folders of a run, the newest first."""
+    paths = glob.glob(f"{glob.escape(directory)}/checkpoints/step-*")
+    steps = [int(path.rpartition("-")[2]) for path in paths if re.search(r"step-\d+$", path)]
+    return [f"{directory}/checkpoints/step-{step}" for step in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(config, directory: str) -> tuple[str | None, dict]:
-    """(path, state) of the checkpoint to continue from; (None, the state of an untrained model) to
-    start afresh."""
-    if config.checkpoint_path not in (None, "latest"):
-        state = read_checkpoint(config.checkpoint_path)
-        if state is None:
-            raise UserError(f"checkpoint_path {config.checkpoint_path}: no whole checkpoint; give "
-                            "a checkpoints/step-N folder or latest")
-        return config.checkpoint_path, state
-    folder = os.path.join(directory, "checkpoints") if config.checkpoint_path else ""
-    for path in checkpoints(folder):
-        if state := read_checkpoint(path):
-            return path, state
-        print(f"warning: {path} is damaged and skipped", file=sys.stderr, flush=True)
-    return None, {"step": 0, "consumed": 0, "best": None, "skipped_in_a_row": 0}
+def find_checkpoint(directory: str, chosen: str | None) -> tuple[str | None, dict]:
+    """(path, state) of the checkpoint to continue from: the chosen one, or the latest; (None, the
+    state of an untrained model) to start afresh."""
+    for path in checkpoints(directory) if chosen == "latest" else [chosen] if chosen else []:
+        try:
+            state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
+            if all(getsize(f"{path}/{name}") == n for name, n in state["sizes"].items()):
+                return path, state
+        except (OSError, ValueError, KeyError):  # missing, or cut short
+            pass
+        require(chosen == "latest", f"checkpoint_path {path}: no whole checkpoint; give a "
+                                    "checkpoints/step-N folder or latest")
+        say(f"warning: {path} is damaged and skipped")
+    logs = dict.fromkeys(LOGS, 0)
+    return None, {"step": 0, "consumed": 0, "best": 0.0, "skipped_in_a_row": 0, "logs": logs}
 
 
 def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
@@ -533,64 +534,43 @@ def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
         dcp.load({"model": weights}, checkpoint_id=path)
         dcp.load({"optimizer": moments}, checkpoint_id=path, planner=partly)
     except (Exception, CheckpointException) as error:  # the latter is none of the former
-        reason = str(error).strip().split("\n")[-1]
-        raise UserError(f"checkpoint_path {path}: does not fit the model ({reason})") from None
+        raise UserError(f"checkpoint_path {path}: does not fit the model ({last_line(error)})") from None
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def trim(path: str, step: int) -> bool:
-    """Drop the rows of a JSONL file that came after the checkpoint of `step`: it is written before
-    that evaluation. Returns whether that one was among them."""
-    kept, evaluated = 0, False  # bytes
-    if not os.path.exists(path):
-        return False
-    with open(path, "r+b") as file:
-        for line in file:
-            row = json.loads(line) if line.endswith(b"\n") else {"step": math.inf}  # cut short
-            evaluated = "split" in row and row["step"] == step
-            if evaluated or row["step"] > step:
-                break
-            kept += len(line)
-        file.truncate(kept)
-    return evaluated
-
-
-def rewind(directory: str, step: int) -> bool:
-    """Take a run's files back to the checkpoint of `step`; what came later goes, its end too.
-    Returns whether that step had been evaluated."""
-    later = [path for path in checkpoints(os.path.join(directory, "checkpoints"))
-             if int(path.rpartition("-")[2]) > step]
-    for path in [*later, os.path.join(directory, "final")]:
+def rewind(directory: str, state: dict) -> None:
+    """Take a run's files back to a checkpoint: what came later goes, its end too."""
+    later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state["step"]]
+    for path in [*later, f"{directory}/final"]:
         shutil.rmtree(path, ignore_errors=True)
-    trim(os.path.join(directory, "samples.jsonl"), step)
-    return trim(os.path.join(directory, "metrics.jsonl"), step)
+    for name, size in state["logs"].items():
+        with open(f"{directory}/{name}", "ab") as file:
+            file.truncate(min(size, file.tell()))
 
 
 def write_config(path: str, config: Config) -> None:
-    """Every key as used; as comments, what ran it. It can be given back to --config."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    """Every key as used; as a comment, what ran it. It can be given back to --config."""
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"# torch {torch.__version__}, transformers {transformers.__version__}, Python "
-                   f"{platform.python_version()}, {world_size()} ranks, commit "
-                   f"{commit.strip() or 'unknown'}\n")
-        yaml.safe_dump(dataclasses.asdict(config), file, sort_keys=False, allow_unicode=True)
+    ran = [f"torch {torch.__version__}", f"transformers {transformers.__version__}",
+           f"{world_size()} ranks", f"commit {commit.strip() or 'unknown'}"]
+    keys = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(f"# {', '.join(ran)}\n{keys}", "utf-8")
 
 
 def append(path: str, rows: list[dict]) -> None:
     """Append rows to a JSONL file; a number that is not finite is null, as JSON has it."""
     with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
         for row in rows:
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                   for k, v in row.items()}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            odd = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+            file.write(json.dumps(row | dict.fromkeys(odd), ensure_ascii=False) + "\n")
 
 
 def sample_rows(step: int, rollouts: list[Rollout], figures: dict, decode) -> list[dict]:
     names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage")
     return [{"step": step, "query": decode(r.prompt), "rationale": decode(r.rationale),
              "response": decode(r.answer), "ids": r.ids, "z_start": len(r.prompt),
-             "y_start": len(r.prompt) + len(r.rationale), "actions": r.actions,
+             "y_start": len(r.prompt + r.rationale), "actions": r.actions,
              "finished": r.finished} | {name: figures[name][i].item() for name in names}
             for i, r in enumerate(rollouts)]
 
@@ -598,27 +578,23 @@ def sample_rows(step: int, rollouts: list[Rollout], figures: dict, decode) -> li
 def draw_curves(directory: str) -> None:
     """curves.png from metrics.jsonl: reward, accuracy, rationale length and KL against the step."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
-    rows = read_jsonl(os.path.join(directory, "metrics.jsonl"))
+    rows = read_jsonl(f"{directory}/metrics.jsonl")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    panels = {"reward": "reward per rollout", "accuracy": "greedy accuracy, validation",
-              "rationale_length": "rationale length, tokens",
-              "kl": "KL to the starting point, nats"}
-    for axis, (name, title) in zip(axes.flat, panels.items()):
-        for evaluated, style, label in ((False, "C0-", "rollouts"), (True, "C1o-", "greedy, validation")):
-            points = [(row["step"], row[name]) for row in rows
-                      if ("split" in row) is evaluated and row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), style, markersize=4, linewidth=1, label=label)
-        if not axis.lines:  # the KL without a reference
-            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
-        axis.set_title(title, fontsize=10)
+    titles = {"reward": "reward per rollout", "accuracy": "greedy accuracy, validation",
+              "rationale_length": "rationale length, tokens", "kl": "KL to the starting point, nats"}
+    axes = dict(zip(titles, figure.subplots(2, 2, sharex=True).flat))
+    for name, axis in axes.items():
+        for style, label in (("C0-", "rollouts"), ("C1o-", "greedy, validation")):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None
+                      and ("split" in row) == (label != "rollouts")]
+            axis.plot(*zip(*points) if points else ([], []), style, markersize=4, linewidth=1, label=label)
+        axis.set_title(titles[name], fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0, 1].set_ylim(-0.02, 1.02)
-    axes[1, 0].legend(fontsize=8)
+    axes["accuracy"].set_ylim(-0.02, 1.02)
+    axes["rationale_length"].legend(fontsize=8)
     figure.supxlabel("step", fontsize=10)
-    figure.suptitle(os.path.basename(directory), fontsize=10)
-    figure.savefig(os.path.join(directory, "curves.png"), dpi=130)
+    figure.suptitle(basename(directory), fontsize=10)
+    figure.savefig(f"{directory}/curves.png", dpi=130)
 
 
 # ---------------------------------------------------------------------------
@@ -626,9 +602,7 @@ def draw_curves(directory: str) -> None:
 # ---------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"{seed}/epoch/{epoch}").shuffle(order)
-    return order
+    return random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
 
 
 def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
@@ -637,26 +611,20 @@ def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
 
 
 def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Example]], str]:
-    """The tokenised training and validation rows, and the grader; what is wrong with any row that
-    the run will see is wrong here."""
+    """The tokenised rows of every split that the run will see, and the grader: what is wrong with
+    data is wrong here."""
     splits = {"train": "train", "validation": "validation", "closing": closing_split(config.dataset_path)}
-    limits = {"train": None, "validation": config.limit, "closing": config.limit}
-    if config.sanity_check:
-        limits = {"train": 16, "validation": 4, "closing": 4}
     rows = {k: load_rows(config.dataset_name, v, config.dataset_path) for k, v in splits.items()}
     grader = choose_grader(config.grader, config.dataset_name, sum(rows.values(), []))
-    context = context_left(model, config.response_length)
-    examples = {k: make_examples(tokenizer, v[:limits[k]], context) for k, v in rows.items()}
-    if config.objective == "sft" and (room := context_left(model, 0)):
-        longest = max(len(e.prompt) + len(e.rationale) + max(map(len, e.answers))
-                      for e in examples["train"])
-        if longest > room:
-            raise UserError(f"a prompt, its rationale and its answer take {longest} tokens, and the "
-                            f"model's context has {room}; shorten or drop the longest rationales")
-    wrong, first = check_gold(rows["validation"] + rows["closing"], grader)
-    if wrong and rank() == 0:
-        print(f"warning: the grader {grader} calls {wrong} of the gold responses wrong, such as "
-              f"{first['responses']!r} for {first['groundtruth']!r}", file=sys.stderr)
+    check_rows(rows["validation"] + rows["closing"], grader)
+    limits = {"train": 16 if config.sanity_check else None}
+    room, whole = (context_left(model, n) for n in (config.response_length, 0))
+    examples = {k: make_examples(tokenizer, v[:limits.get(k, config.limit)], room)
+                for k, v in rows.items()}
+    if config.objective == "sft" and whole:
+        longest = max(len(e.prompt + e.rationale + e.answers[0]) for e in examples["train"])
+        require(longest <= whole, f"a prompt, its rationale and its answer take {longest} tokens, and "
+                                  f"the model's context has {whole}; shorten the longest rationales")
     return examples, grader
 
 
@@ -665,95 +633,87 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
     """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
     dtype = model.dtype
     policy, reference, sampler = set_out(model, config, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0,
-                                  fused=True)
-    path, state = on_rank_0(lambda: find_checkpoint(config, directory))
-    if path is not None:
+    optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
+    path, state = on_rank_0(lambda: find_checkpoint(directory, config.checkpoint_path))
+    if path:
         load_checkpoint(path, policy, optimizer)
         refresh(sampler, policy)
-    if not on_rank_0(lambda: os.path.exists(os.path.join(directory, "best"))):
-        state["best"] = None  # it was another run's
-    on_rank_0(lambda: write_config(os.path.join(directory, "config.yaml"), config))
-    count, ranks = len(examples["train"]), world_size()
-    total = config.total_steps(count, ranks, state["step"], state["consumed"])
-    evaluate_at = {round(i * total / config.num_evaluations)
-                   for i in range(config.num_evaluations + 1)}
-    metrics_path, samples_path = (os.path.join(directory, f"{name}.jsonl")
-                                  for name in ("metrics", "samples"))
-    if on_rank_0(lambda: rewind(directory, state["step"])):
-        evaluate_at.add(state["step"])  # again, though other ranks move the others
+    if not on_rank_0(lambda: exists(f"{directory}/best")):
+        state["best"] = 0.0  # it was that of another run
+    on_rank_0(lambda: write_config(f"{directory}/config.yaml", config))
+    on_rank_0(lambda: rewind(directory, state))
+    count, per_step = len(examples["train"]), config.prompts * world_size()
+    total = config.total_steps(count, world_size(), state["step"], state["consumed"])
+    planned = state["consumed"] + (total - state["step"]) * per_step  # prompts
+    evaluate_at = {round(i * total / config.num_evaluations) for i in range(config.num_evaluations + 1)}
+    if state.get("due"):
+        evaluate_at.add(state["step"])  # though another number of ranks moves the others
     log = start_wandb(config, directory)
     bar = tqdm(total=total, initial=state["step"], desc=config.objective, unit="step",
                disable=rank() > 0)
 
-    def evaluate_now() -> None:
+    def evaluate_now():
         result = evaluate(sampler, tokenizer, examples["validation"], grader,
                           response_length=config.response_length, stop_token=config.stop_token,
                           stop_seqs=config.stop_seqs, batch_size=config.per_device_eval_batch_size,
                           seed=config.seed, title=f"validation, step {state['step']}")
         names = ("n", "accuracy", "answer_logprob", "rationale_length", "finished")
         figures = {name: result[name] for name in names}
-        append(metrics_path, [{"step": state["step"], "split": "validation"} | figures])
+        append(f"{directory}/metrics.jsonl", [{"step": state["step"], "split": "validation"} | figures])
         log({"step": state["step"]} | {f"validation/{k}": v for k, v in figures.items()})
         if rank() == 0:
-            tqdm.write(f"step {state['step']:>4}: validation accuracy {result['accuracy']:6.1%}, "
-                       f"log π(y|x⊕z) {result['answer_logprob']:.3f}, rationale length "
+            tqdm.write(f"step {state['step']:>4}: validation accuracy {result['accuracy']:6.1%}, log "
+                       f"π(y|x⊕z) {result['answer_logprob']:.3f}, rationale length "
                        f"{result['rationale_length']:.1f}")
             draw_curves(directory)
-        if state["step"] > 0 and result["accuracy"] >= (state["best"] or 0):  # of equals the later
+        if state["step"] > 0 and result["accuracy"] >= state["best"]:  # of equals the later
             state["best"] = result["accuracy"]
-            export(os.path.join(directory, "best"), policy, sampler, tokenizer, dtype)
+            export(f"{directory}/best", policy, sampler, tokenizer, dtype)
 
     signals: list[int] = []  # received
     handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
-    told_to_stop = False
     while True:
-        if state["step"] in evaluate_at and not told_to_stop:
+        if state["step"] in evaluate_at:
             evaluate_now()
-            told_to_stop = any(gather(signals))
-        if told_to_stop or state["step"] >= total:
+        if state["step"] >= total:
+            export(f"{directory}/final", policy, sampler, tokenizer, dtype)
+            told_to_stop = any(gather(signals))  # during the last evaluation
             break
-        done = state["step"] / total
-        if config.max_steps is None:
-            done = state["consumed"] / count / config.num_train_epochs
-        optimizer.param_groups[0]["lr"] = learning_rate = config.learning_rate * (1 - done)
+        learning_rate = config.learning_rate * (1 - state["consumed"] / planned)
+        optimizer.param_groups[0]["lr"] = learning_rate
         first = state["consumed"] + rank() * config.prompts
         chosen = prompt_indices(config.seed, first, config.prompts, count)
         keys = [f"{config.seed}/train/{first + i}" for i in range(config.prompts)]
         rollouts, figures, row = update(policy, reference, sampler, optimizer, tokenizer,
                                         [examples["train"][i] for i in chosen], keys, config, device)
-        state["step"] += 1
-        state["consumed"] += config.prompts * ranks
-        row = {"step": state["step"], "epoch": state["consumed"] / count, **row, "lr": learning_rate}
-        append(metrics_path, [row])
+        state |= {"step": state["step"] + 1, "consumed": state["consumed"] + per_step}
+        row = {"step": state["step"], "epoch": state["consumed"] / count, "lr": learning_rate} | row
+        append(f"{directory}/metrics.jsonl", [row])
         whole = state["step"] in (1, total)  # else a prompt's rollouts
         logged = rollouts if whole else rollouts[:config.rloo_k]
         logged = sample_rows(state["step"], logged, figures, decoder(tokenizer))
-        append(samples_path, gather(logged) if whole else logged)
+        append(f"{directory}/samples.jsonl", gather(logged) if whole else logged)
         log(row)
         state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["skipped"] else 0
         if state["skipped_in_a_row"] == 10:
-            raise FloatingPointError(f"step {row['step']}: ten updates in a row had a reward, loss or "
-                                     "gradient that is not finite; lower learning_rate; the best "
-                                     f"model so far is in {directory}/best")
-        kl = f"kl {row['kl']:.2f}, " if reference else ""
-        bar.set_postfix_str(f"reward {row['reward']:.3f}, {kl}length {row['rationale_length']:.1f}",
-                            refresh=False)
+            raise FloatingPointError(f"step {row['step']}: ten updates in a row were not finite; lower "
+                                     f"learning_rate; the best model so far is in {directory}/best")
+        bar.set_postfix_str(f"reward {row['reward']:.3f}, length {row['rationale_length']:.1f}")
         bar.update()
         told_to_stop = any(gather(signals))  # on any rank
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
-            save_checkpoint(os.path.join(directory, "checkpoints"), policy, optimizer, state,
-                            config.save_total_limit)
+            state["due"] = state["step"] in evaluate_at
+            save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
+        if told_to_stop:
+            break
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if told_to_stop:
-        if rank() == 0:
-            print(f"stopped after step {state['step']}; to continue, add to the same command\n"
-                  f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
-    export(os.path.join(directory, "final"), policy, sampler, tokenizer, dtype)
+        say(f"stopped after step {state['step']}; to continue, add to the same command\n"
+            f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest")
+        sys.exit(128 + signal.SIGTERM)
 
 
 def start_wandb(config: Config, directory: str):
@@ -762,92 +722,72 @@ def start_wandb(config: Config, directory: str):
     if rank() > 0 or not os.environ.get("WANDB_PROJECT"):
         return lambda row: None
     import wandb
-    run = wandb.init(name=os.path.basename(directory), dir=directory, config=dataclasses.asdict(config))
+    run = wandb.init(name=basename(directory), dir=directory, config=vars(config))
     return lambda row: run.log(row, step=row["step"])
 
 
-def make_directory(config: Config) -> str:
-    """Make the run directory. One that holds a run is refused; without run_name a free name is
-    found."""
-    name = config.run_name or f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if os.path.basename(name) != name:
-        raise UserError(f"run_name {name}: is a path; use output_dir for where, run_name for the name")
-    directory, number = os.path.join(config.output_dir, name), 1
-    while config.run_name is None and os.path.exists(directory):
-        directory, number = os.path.join(config.output_dir, f"{name}-{number}"), number + 1
-    path, own = config.checkpoint_path or "", os.path.join(os.path.abspath(directory), "")
-    continued = path == "latest" or os.path.abspath(path).startswith(own)
-    if os.path.exists(os.path.join(directory, "config.yaml")) and not continued:
-        raise UserError(f"{directory}: holds a run already; give another run_name, delete it, or "
-                        "continue it with --checkpoint_path latest")
+def make_directory(config: Config):
+    """(the run directory, a file whose end unlocks it). One that holds a run is refused, unless that
+    is continued, or while another job writes to it."""
+    when = time.strftime("%Y%m%d-%H%M%S")
+    name = config.run_name or f"{config.dataset_name}-{config.objective}-{when}"
+    require("/" not in name, f"run_name {name}: is a path; output_dir says where")
+    directory, path = f"{config.output_dir}/{name}", config.checkpoint_path or ""
+    continued = path == "latest" or os.path.abspath(path).startswith(os.path.abspath(directory) + "/")
+    require(continued or not exists(f"{directory}/config.yaml"),
+            f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
+            "--checkpoint_path latest")
+    os.makedirs(directory, exist_ok=True)
+    file = open(f"{directory}/metrics.jsonl", "a")
     try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {config.output_dir}: cannot be written ({error.strerror})") from None
-    return directory
-
-
-def lock(directory: str):
-    """Keep other jobs out of a run directory, such as workers that outlived their torchrun; returns
-    the file whose end unlocks it."""
-    file = open(os.path.join(directory, "metrics.jsonl"), "a", encoding="utf-8")
-    try:
-        import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{directory}: another process writes to it; stop it, or give another "
                         "run_name") from None
-    except (ImportError, OSError):  # Windows; a file system without locks
-        pass
-    return file
+    return directory, file
 
 
 def run(config: Config, device) -> None:
     """Train as `config` says, then show the base beside the best model."""
-    if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb") is None:
-        raise UserError("WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
+    wandb = not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb")
+    require(wandb, "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     check_shards(config, world_size())
     torch.manual_seed(config.seed)  # of the embedded base's first weights
-    model, tokenizer = load_model(config.model_name_or_path, "auto", device,
-                                  config.attn_implementation, config.trust_remote_code)
+    path, resumed = config.model_name_or_path, config.checkpoint_path
+    model, tokenizer = load_model(path, "auto", device, config.attn_implementation,
+                                  config.trust_remote_code)
     examples, grader = load_examples(config, model, tokenizer)
-    if config.checkpoint_path != "latest":
-        on_rank_0(lambda: find_checkpoint(config, ""))  # before anything is written
-    directory, held = on_rank_0(lambda: make_directory(config)), []
-    on_rank_0(lambda: held.append(lock(directory)))  # until this function ends
-    config.run_name = os.path.basename(directory)
-    closing = os.path.join(directory, "evaluation-best.json")
-    if config.checkpoint_path != "latest" or not os.path.exists(os.path.join(directory, "final")):
+    if resumed != "latest":
+        on_rank_0(lambda: find_checkpoint("", resumed))  # before anything is written
+    held = []  # the lock, until this function ends
+    on_rank_0(lambda: held.extend(make_directory(config)))
+    directory = on_rank_0(lambda: held[0])
+    config.run_name = basename(directory)
+    ends = f"{directory}/final", f"{directory}/evaluation-best.json"
+    trained, closed = on_rank_0(lambda: [resumed == "latest" and exists(end) for end in ends])
+    if not trained:
         train(config, directory, model, tokenizer, examples, grader, device)
-    elif os.path.exists(closing):
-        if rank() == 0:
-            print(f"{directory}: finished already; to train on, name one of its checkpoints with "
-                  "--checkpoint_path")
-        return
-    if config.model_name_or_path == "embedded":
+    elif closed:
+        say(f"{directory}: finished already; --checkpoint_path goes on from one of its checkpoints")
+    if trained and closed or path == "embedded":
         return
     del model
     gc.collect()  # FSDP's modules hold each other
-    names = {f.name for f in dataclasses.fields(Common)}
-    settings = {k: v for k, v in vars(config).items() if k in names}
-    settings |= {"split": closing_split(config.dataset_path), "grader": grader}
-    if config.sanity_check:
-        settings["limit"] = 4
-    judge(Settings(**settings), directory, vars(config) | {"limit": settings["limit"]})
-    if rank() == 0:
-        print(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
+    split, models = closing_split(config.dataset_path), {"base": path, "best": f"{directory}/best"}
+    rows = load_rows(config.dataset_name, split, config.dataset_path)
+    judge(config, models, rows, grader, split, f"{directory}/evaluation-{{}}.json")
+    say(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 
 
 def main(argv: list[str]) -> None:
     config = load_config(argv)
     if config.dry_run:
         return dry_run(config)
-    device, final = init_distributed(), os.path.normpath(config.model_name_or_path)
-    if final.endswith("cups-base/final") and not on_rank_0(lambda: os.path.exists(final)):
-        if rank() == 0:
-            print(f"making the base model {final} (once)", flush=True)
-        folder, name = os.path.split(os.path.dirname(final))
-        base = load_config(["--config", "cups_base.yaml", "--output_dir", folder, "--run_name", name])
+    device, final = init_distributed(), config.model_name_or_path
+    if final.endswith(EMBEDDED_NAME) and not on_rank_0(lambda: exists(final)):
+        say(f"making the base model {final} (once)")
+        base = load_config(["--config", "cups_base.yaml"])
+        base.output_dir, base.run_name = os.path.split(dirname(final))
         base.per_device_train_batch_size //= world_size()
         run(base, device)
     run(config, device)
@@ -864,83 +804,69 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     is an estimate."""
     on_gpu = config.gpu_memory is not None or torch.cuda.is_available()
     width = resolve_dtype(config.dtype, torch.device("cuda" if on_gpu else "cpu")).itemsize
-    c, shards, k = model.config.get_text_config(), config.shard_size or ranks, config.rloo_k
+    c, shards, size = model.config.get_text_config(), config.shard_size or ranks, config.per_device_train_batch_size
+    layers, hidden = c.num_hidden_layers, c.hidden_size
     whole = sum(p.numel() for p in model.parameters())
     part = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0])  # FSDP2 cuts dimension 0
                for p in model.parameters())
-    length = context + config.response_length
-    rows = config.per_device_eval_batch_size
-    if config.objective == "latro":
-        rows = max(rows, min(config.sequences, config.rollout_batch_size))
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    sampled = min(config.sequences, config.rollout_batch_size) * (config.objective == "latro")
+    slots = max(sampled, config.per_device_eval_batch_size) * (context + config.response_length)
+    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    size = config.per_device_train_batch_size
-    tokens = size * length - (size - -(-size // k)) * context  # each prompt once
-    wide = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = tokens * width * (10 * c.hidden_size + 4 * wide)
-    kept = layer * c.num_hidden_layers
-    if config.gradient_checkpointing:
-        kept = layer + tokens * width * c.hidden_size * c.num_hidden_layers
+    tokens = size * config.response_length + -(-size // config.rloo_k) * context  # a prompt once
+    layer = tokens * width * (10 * hidden + 4 * (getattr(c, "intermediate_size", None) or 4 * hidden))
+    kept = layer + tokens * width * hidden * layers if config.gradient_checkpointing else layer * layers
     root = {model.get_input_embeddings(), model.get_output_embeddings()}
     root = sum(module.weight.numel() for module in root)
-    gathered = 0
-    if ranks > 1:  # the reference's root is never sharded again
-        layers = 2 * (whole - root) // c.num_hidden_layers
-        gathered = (width + 4) * (root + layers) + width * root * config.needs_reference
+    gathered = (width + 4) * (root + 2 * (whole - root) // layers)
+    gathered += width * root * config.needs_reference  # its root is never sharded again
     alone = ranks == 1 and width == 4  # then the policy is sampled from
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if alone else width * whole,
             "reference": width * part * config.needs_reference,
-            "KV cache": 2 * width * rows * length * c.num_hidden_layers * heads * head_dim,
+            "KV cache": 2 * width * slots * layers * heads * head_dim,
             "activations and gathered layers (estimate)":
-                kept + 3 * 512 * c.vocab_size * 4 + gathered}
+                kept + 3 * 512 * c.vocab_size * 4 + gathered * (ranks > 1)}
 
 
 def check_shards(config: Config, ranks: int) -> None:
-    if ranks % (config.shard_size or 1):
-        raise UserError(f"shard_size: {config.shard_size} does not divide the {ranks} ranks")
+    shards = config.shard_size or 1
+    require(ranks % shards == 0, f"shard_size: {shards} does not divide the {ranks} ranks")
 
 
 def dry_run(config: Config) -> None:
     """Print what a run would need and do, from the model's config alone; UserError where gpu_memory
     is too little."""
-    path, ranks = config.model_name_or_path, config.dry_run
+    path, ranks, trust = config.model_name_or_path, config.dry_run, config.trust_remote_code
     check_shards(config, ranks)
     try:
         with torch.device("meta"):
-            if path.endswith("cups-base/final"):
+            if path.endswith(EMBEDDED_NAME):
                 model, _ = embedded_model()
             else:
-                shape = transformers.AutoConfig.from_pretrained(
-                    path, trust_remote_code=config.trust_remote_code)
-                model = transformers.AutoModelForCausalLM.from_config(
-                    shape, trust_remote_code=config.trust_remote_code)
+                shape = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+                model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
     except Exception as error:  # no network, no config, no access
-        raise UserError(f"model {path}: no config ({first_line(error)}); give a Hugging Face folder "
-                        "or hub id") from None
+        raise UserError(f"model {path}: no config ({first_line(error)}); give a folder or hub id") from None
     needs = plan(config, model, ranks)
-    together = sum(needs.values()) / 2**30
+    most, together = max(needs, key=needs.get), sum(needs.values())
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "
           "question and answer taken to be 256 tokens\n\nGiB on a rank")
-    for name, size in needs.items():
+    for name, size in [*needs.items(), ("together", together)]:
         print(f"  {name:<44}{size / 2**30:10.3f}")
-    print(f"  {'together':<44}{together:10.3f}")
     prompts, sequences = config.prompts * ranks, config.sequences * ranks
-    print(f"\nper step: {prompts} prompts", end="\n" if config.objective == "sft" else "")
-    if config.objective == "latro":
-        print(f", {sequences} rollouts, up to {sequences * config.response_length:,} sampled tokens")
+    print(f"\nper step: {prompts} prompts, {sequences} sequences, up to "
+          f"{sequences * config.response_length:,} sampled tokens")
     try:
         count = len(load_rows(config.dataset_name, "train", config.dataset_path))
         print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, "
               f"{config.total_steps(count, ranks)} steps in all")
     except UserError as error:
         print(f"steps: unknown, since {error}")
-    if config.gpu_memory and together > config.gpu_memory:
-        raise UserError(
-            f"gpu_memory: {together:.1f} GiB are needed and {config.gpu_memory} given, most by "
-            f"{max(needs, key=needs.get)}; lower rollout_batch_size and per_device_eval_batch_size "
-            "(KV cache), per_device_train_batch_size or set gradient_checkpointing (activations), "
-            "kl_coef to 0 (reference), or take more ranks or a smaller model")
+    require(together <= (config.gpu_memory or math.inf) * 2**30,
+            f"gpu_memory: more than {config.gpu_memory} GiB are needed, most by {most}; lower "
+            "rollout_batch_size and per_device_eval_batch_size (KV cache), per_device_train_batch_size "
+            "or set gradient_checkpointing (activations), kl_coef to 0 (reference), or take more ranks")
 
 
 if __name__ == "__main__":
