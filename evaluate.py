@@ -52,7 +52,8 @@ from data import (DATASETS, EMBEDDED, Example, UserError, answer_ids, check_gold
                   embedded_model, end_of_turn_id, grade, load_rows, make_examples, prompt_text, require)
 
 transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()  # ours show the long work
+# ours show the long work
+transformers.utils.logging.disable_progress_bar()
 # oneDNN, and PyTorch's layer over it, each keep a kernel per shape, by default
 # 1,024: memory in use would grow for 100 updates. Read at their first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
@@ -67,7 +68,8 @@ class Row:
     """One sample in the making. Its token t lies in slot t of its cache row."""
     index: int
     prompt: list[int]
-    ids: list[int] = field(default_factory=list)  # sampled
+    # sampled
+    ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     @property
@@ -88,7 +90,8 @@ class Slots(Cache):
     def __init__(self, like: list, width: int, slots: int):
         super().__init__(layers=[])
         self.at = None  # (n,) the slot that each row writes in this step
-        self.seen = 0  # slots that some row looks at
+        # slots that some row looks at
+        self.seen = 0
         self.layers_kv = [
             [x.new_zeros(width, x.shape[0], slots, x.shape[2]) for x in layer]
             for layer in like]
@@ -184,9 +187,12 @@ def generate(
     precise = torch.promote_types(model.dtype, torch.float32)
     width = min(batch_size or len(rows), len(rows))
     slots = max(map(len, prompts), default=0) + max_new_tokens
-    waiting = rows[::-1] if max_new_tokens else []  # the next one is the last
-    batch: list[Row] = []  # batch[i] has row i of the cache
-    prefilled: dict[int, list] = {}  # by prompt, while samples of it wait
+    # the next one is the last
+    waiting = rows[::-1] if max_new_tokens else []
+    # batch[i] has row i of the cache
+    batch: list[Row] = []
+    # by prompt, while samples of it wait
+    prefilled: dict[int, list] = {}
     cache = None
     while waiting or batch:
         # 1 admit: some at a time, for a prefill delays all rows
@@ -247,7 +253,8 @@ def stopper(stop_ids: Collection[int], stop_seqs: Sequence[str],
             decode: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
     """stop(ids) for generate: whether the newest token is one of stop_ids or
     completes one of stop_seqs in the decoded text."""
-    window = max((len(s.encode()) for s in stop_seqs), default=0) + 8  # tokens
+    # tokens
+    window = max((len(s.encode()) for s in stop_seqs), default=0) + 8
 
     def stop(ids: list[int]) -> bool:
         if ids[-1] in stop_ids:
@@ -305,8 +312,10 @@ class Rollout:
     actions: list[int]
     answer: list[int]
     finished: bool = True
-    stop_in_answer: bool = True  # y begins with the stop, or it is one token
-    sampler_logprob: float = math.nan  # log π(z|x), as it was sampled
+    # y begins with the stop, or it is one token
+    stop_in_answer: bool = True
+    # log π(z|x), as it was sampled
+    sampler_logprob: float = math.nan
 
     @property
     def ids(self) -> list[int]:
@@ -367,7 +376,8 @@ def pack(rollouts: list[Rollout], answers: bool, packed: bool):
     for i, r in enumerate(rollouts):
         x = r.prompt
         s = r.rationale + r.answer if answers else r.actions
-        s = s[:-1]  # the last token is predicted, not fed
+        # the last token is predicted, not fed
+        s = s[:-1]
         if not (packed and ids):
             ids.append([])
             positions.append([])
@@ -418,23 +428,28 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.packed = model.config._attn_implementation == "packed"
-        self.positions = 0  # pushed through the model so far
+        # pushed through the model so far
+        self.positions = 0
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden)
-        if scale := getattr(config, "logit_scale", None):  # Cohere
+        # Cohere
+        if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
-        if scale := getattr(config, "logits_scaling", None):  # Granite
+        # Granite
+        if scale := getattr(config, "logits_scaling", None):
             logits = logits / scale
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        # Gemma
+        cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids, positions, segments, rows, columns, targets,
                 temperature=None) -> torch.Tensor:
         """log π of targets, each after ids[row, column], (N,)."""
         extra = {}
-        if self.packed:  # a 4D mask is taken as it is: none is made
+        # a 4D mask is taken as it is: none is made
+        if self.packed:
             extra = {"segments": segments, "position_ids": positions,
                      "attention_mask": ids.new_zeros(1, 1, 1, 1)}
         self.positions += ids.numel()
@@ -480,40 +495,43 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
     return Rollout(example.prompt, ids[:n], actions, answer, finished, fits)
 
 
-RATES = ("accuracy", "maj_at_k", "finished")
+LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k",
+          "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
+          "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
+RATES = {"accuracy", "maj_at_k", "finished"}
 
 
-def evaluate(model, tokenizer, examples: list[Example], grader: str, *, response_length: int,
-             num_samples=0, temperature=1.0, stop_token="eos", stop_seqs=(), batch_size=64, seed=0,
-             title="") -> dict:
+def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int,
+             title: str) -> dict:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the
-    gold answers.
+    gold answers, by the settings s (a Common).
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut
     by training's rule. All ranks call this and share the examples; all get the same result, rows
     in the order of `examples`."""
     decode, scorer = decoder(tokenizer), Scorer(model)
-    stop_ids = stop_token_ids(tokenizer, model, stop_token)
+    stop_ids = stop_token_ids(tokenizer, model, s.stop_token)
     begin, end = (len(examples) * r // world_size() for r in (rank(), rank() + 1))
     mine = examples[begin:end]
     bar = tqdm(total=len(mine) * (1 + num_samples), desc=title, unit="answer", leave=False,
                disable=rank() > 0)
 
     def stop(ids):
-        ended = ids[-1] in stop_ids or len(ids) == response_length
+        ended = ids[-1] in stop_ids or len(ids) == s.response_length
         bar.update(ended)
         return ended
 
-    def outputs(k: int, heat=0.0, noise=None) -> list[list[dict]]:
+    def outputs(k: int, temperature=0.0, noise=None) -> list[list[dict]]:
         """k graded outputs of each of this rank's examples."""
-        sampled = generate(model, [e.prompt for e in mine], response_length, num_samples=k,
-                           temperature=heat, uniforms=noise, stop=stop, batch_size=batch_size)
-        examples = [e for e in mine for _ in range(k)]
-        rollouts = [cut_rollout(e, ids, stop_ids, stop_seqs, decode)
-                    for e, (ids, _) in zip(examples, sampled)]
+        sampled = generate(
+            model, [e.prompt for e in mine], s.response_length, num_samples=k, stop=stop,
+            temperature=temperature, uniforms=noise, batch_size=s.per_device_eval_batch_size)
+        asked = [e for e in mine for _ in range(k)]
+        rollouts = [cut_rollout(e, ids, stop_ids, s.stop_seqs, decode)
+                    for e, (ids, _) in zip(asked, sampled)]
         graded = []
         for e, (ids, _), r, logprob in zip(
-                examples, sampled, rollouts, answer_logprobs(scorer, rollouts)):
+                asked, sampled, rollouts, answer_logprobs(scorer, rollouts)):
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
             prediction, correct = grade(grader, output, e.row)
             graded.append({"output": output, "prediction": prediction, "correct": correct,
@@ -523,24 +541,22 @@ def evaluate(model, tokenizer, examples: list[Example], grader: str, *, response
 
     greedy, sampled = outputs(1), [[]] * len(mine)
     if num_samples:
-        keys = [f"{seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
-        sampled = outputs(num_samples, temperature, uniform_rows(keys, response_length))
+        keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
+        sampled = outputs(num_samples, s.temperature, uniform_rows(keys, s.response_length))
     bar.close()
     bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
     rows = []
     for e, [row], samples, logprob in zip(mine, greedy, sampled, answer_logprobs(scorer, bare)):
-        query = prompt_text(tokenizer, e.row["queries"])
-        answer = mean(s["answer_logprob"] for s in samples or [row])
-        rows.append({"query": query, "groundtruth": e.row["groundtruth"], **row,
-                     "answer_logprob": answer, "answer_logprob_no_rationale": logprob,
+        rows.append({"query": prompt_text(tokenizer, e.row["queries"]),
+                     "groundtruth": e.row["groundtruth"], **row,
+                     "answer_logprob": mean(x["answer_logprob"] for x in samples or [row]),
+                     "answer_logprob_no_rationale": logprob,
                      "majority": majority(samples), "samples": samples})
     rows = gather(rows)
-    names = {"accuracy": "correct", "maj_at_k": "majority"} if num_samples else {"accuracy": "correct"}
-    names |= {name: name for name in ("finished", "answer_logprob", "answer_logprob_no_rationale",
-                                      "rationale_length")}
+    columns = {"accuracy": "correct", "maj_at_k": "majority"}
     result = {"n": len(rows), "num_samples": num_samples}
-    for name, column in names.items():
-        result[name] = mean(row[column] for row in rows)
+    for name in LABELS if num_samples else LABELS.keys() - {"maj_at_k"}:
+        result[name] = mean(row[columns.get(name, name)] for row in rows)
         if name in RATES:
             result[f"{name}_ci95"] = interval95(result[name], len(rows))
     return result | {"rows": rows}
@@ -549,7 +565,8 @@ def evaluate(model, tokenizer, examples: list[Example], grader: str, *, response
 @torch.no_grad()
 def answer_logprobs(scorer: nn.Module, rollouts: list[Rollout], size: int = 16) -> list[float]:
     """log π(y|x⊕z) of each rollout; `size` rollouts a pass."""
-    rollouts = [dataclasses.replace(r, actions=[]) for r in rollouts]  # z is not asked for
+    # z is not asked for
+    rollouts = [dataclasses.replace(r, actions=[]) for r in rollouts]
     parts = [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
     return [logprob for part in parts for logprob in score(scorer, part)[:, 1].tolist()]
 
@@ -591,7 +608,8 @@ def majority(samples: list[dict]) -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU or a CPU that has it
     natively, else float32."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has it not
+    # torch 2.11 has it not
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(cpu.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" or native else "float32"
@@ -622,7 +640,8 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
         require(max([tokenizer.vocab_size - 1, *ordinary]) < held,
                 f"its tokenizer has {len(tokenizer)} tokens and its embedding {held}")
         choose_attention(model.to(device).eval(), packed=own is None)
-    except Exception as error:  # dozens of types: no network, a broken file, no access
+    # dozens of types: no network, a broken file, no access
+    except Exception as error:
         way = "`python latro.py` makes it" if path == EMBEDDED else "give a folder or hub id"
         raise UserError(f"model {path}: cannot be used ({first_line(error)}); {way}") from None
     return model, tokenizer
@@ -637,7 +656,8 @@ def choose_attention(model, packed: bool) -> None:
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
     else keep the model's own attention and score a rollout per row. ValueError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
-    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo, of 256 tokens
+    # GPT-Neo, of 256 tokens
+    if "local" in getattr(model.config, "attention_layers", ()):
         raise ValueError("the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
     vocabulary = range(model.get_input_embeddings().num_embeddings)
@@ -651,7 +671,8 @@ def choose_attention(model, packed: bool) -> None:
         return logprobs[range(len(ids)), ids].sum().item()
 
     expected = [plain(r.prompt, r.rationale + r.answer) for r in rollouts]
-    tolerance = 0.01 if model.dtype.itemsize > 2 else 1.0  # nats, of some 50
+    # nats, of some 50
+    tolerance = 0.01 if model.dtype.itemsize > 2 else 1.0
     for attention in ("packed", own) if packed else (own,):
         try:
             model.set_attn_implementation(attention)
@@ -665,7 +686,8 @@ def choose_attention(model, packed: bool) -> None:
                 off = max(map(abs, off))
                 require(off <= tolerance, f"{verb} is {off:.2g} nats off its forward pass")
             return
-        except Exception as error:  # it has no such attention, or reads its mask otherwise
+        # it has no such attention, or reads its mask otherwise
+        except Exception as error:
             if attention == own:
                 raise ValueError(f"cannot be sampled and scored: {first_line(error)}") from None
 
@@ -701,10 +723,11 @@ def on_rank_0(work: Callable[[], object]):
     if rank() == 0:
         try:
             result = work()
-        except (UserError, OSError) as caught:
-            error = str(caught)
+        except Exception as caught:
+            error = caught
     result, error = gather([(result, error)])[0]
-    require(error is None, error)
+    if error:
+        raise error
     return result
 
 
@@ -714,17 +737,20 @@ def init_distributed() -> torch.device:
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape
+        # it plans every new shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # rank 0 writes large models
         dist.init_process_group("nccl" if cuda else "gloo", **alone if "RANK" not in os.environ else {},
-                                timeout=datetime.timedelta(hours=1))  # rank 0 writes large models
+                                timeout=datetime.timedelta(hours=1))
     return device
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")  # where it cannot show a π
+    # where it cannot show a π
+    sys.stdout.reconfigure(errors="replace")
     code = 0
     try:
         main(sys.argv[1:])
@@ -735,9 +761,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except SystemExit as end:
         code = end.code
     ranks = world_size()
-    if dist.is_initialized() and (ranks == 1 or code == 0):  # else NCCL might wait for other ranks
+    # else NCCL might wait for other ranks
+    if dist.is_initialized() and (ranks == 1 or code == 0):
         dist.destroy_process_group()
-    if ranks > 1:  # a thread of gloo's outlives the group, and would abort an orderly shutdown
+    # a thread of gloo's outlives the group, and would abort an orderly shutdown
+    if ranks > 1:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -810,7 +838,8 @@ def describe(cls: type) -> dict[str, str]:
 def convert(kind, value):
     """A value of YAML, or a word of a command line, as a field's type; ValueError where it is none."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # … | None
+    # … | None
+    if origin is types.UnionType:
         return None if value in (None, "none", "null") else convert(inner[0], value)
     if origin is list:
         return [str(word) for word in (value if isinstance(value, list) else [value] if value else [])]
@@ -884,17 +913,18 @@ def newest_run() -> str:
 def main(argv: list[str]) -> None:
     """Evaluate --model, or the base beside the best model of the newest run. The settings of the
     run count where the command line says nothing."""
-    given, config, inherited = parse(Settings, argv, __doc__), {}, {}
+    given, config = parse(Settings, argv, __doc__), {}
     model = given.get("model")
     require(not is_run(model), f"model {model}: a run, not a model; give {model}/best")
     run = dirname(os.path.normpath(model)) if model else newest_run()
     if is_run(run):
         config = read_yaml(f"{run}/config.yaml")
-        names = {f.name for f in dataclasses.fields(Common)} - {"seed"}
-        if given.get("dataset_name") not in (None, config["dataset_name"]):
-            names -= {"dataset_path", "grader", "limit"}  # they are of the run's own dataset
-        inherited = {k: v for k, v in config.items() if k in names}
-    s = settle(Settings, inherited, given)
+    base = config.pop("model_name_or_path", None)
+    keys = {f.name for f in dataclasses.fields(Common)} - {"seed"}
+    if given.get("dataset_name", config.get("dataset_name")) != config.get("dataset_name"):
+        # they are of the run's own dataset
+        keys -= {"dataset_path", "grader", "limit"}
+    s = settle(Settings, {k: v for k, v in config.items() if k in keys}, given)
     require(s.dataset_name, f"dataset_name: which one? {', '.join(DATASETS)}")
     # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
     part = [str(given[k]) for k in ("dataset_name", "split", "few_shot", "limit") if k in given]
@@ -904,13 +934,13 @@ def main(argv: list[str]) -> None:
     split = s.split or ("all" if isfile(s.dataset_path or "") else "test")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader = choose_grader(s.grader, s.dataset_name, rows)
-    models = {"base": config.get("model_name_or_path"), "best": f"{run}/best"}
-    if model:
-        models = {basename(os.path.normpath(model)): model}
     init_distributed()
     if config:
         say(f"settings: those of {run}, but for the command line's")
     check_rows(rows, grader)
+    models = {"base": base, "best": f"{run}/best"}
+    if model:
+        models = {basename(os.path.normpath(model)): model}
     judge(s, models, rows, grader, split, out)
 
 
@@ -922,25 +952,26 @@ def check_rows(rows: list[dict], grader: str) -> None:
             f"is {row['responses']!r}, groundtruth {row['groundtruth']!r}")
 
 
-def judge(s: Common, models: dict[str, str], rows: list[dict], grader: str, split: str, out: str):
-    """Evaluate models, {label: path}, on the same rows; write each one's JSON to out.format(label),
-    print the table."""
+def judge(s, models: dict[str, str], rows: list[dict], grader: str, split: str, out: str) -> None:
+    """Evaluate models, {label: path}, on the same rows by the settings s (a Common); write each
+    one's JSON to out.format(label), print the table."""
     device, results = init_distributed(), {}
     dtype = resolve_dtype(s.dtype, device)
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
         examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length))
         results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | evaluate(
-            model, tokenizer, examples, grader, response_length=s.response_length,
-            num_samples=s.num_samples, temperature=s.temperature, stop_token=s.stop_token,
-            stop_seqs=s.stop_seqs, batch_size=s.per_device_eval_batch_size, seed=s.seed, title=label)
-        del model  # one at a time is held
+            s, model, tokenizer, examples, grader, s.num_samples, label)
+        # one at a time is held
+        del model
     if rank() == 0:
-        for label, result in results.items():  # before anything is printed: the pipe may be closed
+        # before anything is printed: the pipe may be closed
+        for label, result in results.items():
             text = json.dumps(result, indent=1, ensure_ascii=False)
             Path(out.format(label)).write_text(text, "utf-8")
         print_results(results)
-        print("\n".join(f"{label}: every row in {out.format(label)}" for label in results))
+        for label in results:
+            print(f"{label}: every row in {out.format(label)}")
 
 
 def closing_split(dataset_path) -> str:
@@ -957,9 +988,7 @@ def context_left(model, response_length: int) -> int | None:
 def print_results(results: dict[str, dict]) -> None:
     """The table of evaluations of the same rows, side by side, and a few answers of each."""
     first = next(iter(results.values()))
-    labels = {"accuracy": "greedy accuracy", "maj_at_k": f"maj@{first['num_samples']}",
-              "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
-              "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
+    labels = LABELS | {"maj_at_k": f"maj@{first['num_samples']}"}
     print(f"\n{first['split']}: {first['n']} questions; rates with their 95% interval")
     print(f"  {'':<29}" + "".join(f"{name:>24}" for name in results))
     for name in filter(first.__contains__, labels):

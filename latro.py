@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import basename, dirname, exists, getsize
 from pathlib import Path
@@ -62,7 +63,8 @@ from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, contex
                       stop_token_ids, stopper, uniform_rows, world_size)
 
 HERE = dirname(os.path.abspath(__file__))
-EMBEDDED_NAME = EMBEDDED.partition("/")[2]  # in whatever output_dir
+# in whatever output_dir
+EMBEDDED_NAME = EMBEDDED.partition("/")[2]
 
 
 # ---------------------------------------------------------------------------
@@ -144,7 +146,8 @@ def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
 def weigh(rollouts: list[Rollout], logprobs, ref_logprobs, config):
     """Rewards and advantages (n,) of whole groups, from logprobs (n, 2)."""
     z, y = logprobs.T
-    if config.objective == "sft":  # the same loss with advantage 1
+    # the same loss with advantage 1
+    if config.objective == "sft":
         return y, torch.ones_like(y)
     lengths = y.new_tensor([len(r.answer) for r in rollouts])
     finished = torch.tensor([r.finished for r in rollouts], device=y.device)
@@ -180,7 +183,8 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     # score: log π_0(z|x); where passes hold parts of groups, log π first
     whole = not latro or size % config.rloo_k == 0
     wide = {"dtype": torch.float64, "device": device}
-    logprobs = torch.zeros(n, 2, **wide)  # of z and y
+    # of z and y
+    logprobs = torch.zeros(n, 2, **wide)
     ref_logprobs, rewards, advantages = torch.zeros(3, n, **wide)
     with torch.no_grad():
         for part in passes if reference else []:
@@ -203,7 +207,8 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         phi = answer_reward(scores[:, 1], lengths[part], kind)
         terms = latro_loss(scores[:, 0], phi, advantages[part], weight, n)
         loss = sum(terms)
-        if isinstance(policy, FSDPModule):  # HSDP: once per update
+        # HSDP: once per update
+        if isinstance(policy, FSDPModule):
             policy.set_requires_all_reduce(part.stop >= n)
         loss.backward()
         losses += torch.stack(terms).detach()
@@ -223,7 +228,8 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     figures = describe_rollouts(rollouts, logprobs, ref_logprobs)
     figures |= {"reward": rewards, "advantage": advantages}
     if not reference:
-        figures["kl"] *= math.nan  # not 0: not measured
+        # not 0: not measured
+        figures["kl"] *= math.nan
     row = {name: figures[name].mean().item() for name in LOGGED}
     row |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
     row |= zip(("generate_s", "score_s", "train_s"),
@@ -319,7 +325,8 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
     if config.needs_reference:
         frozen = copy.deepcopy(sampler).requires_grad_(False)
         reference = shard(frozen, compute, compute, mesh)
-    if config.gradient_checkpointing:  # transformers' own switch needs training mode: dropout
+    # transformers' own switch needs training mode: dropout
+    if config.gradient_checkpointing:
         for layer in decoder_layers(learner):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = shard(learner, held, compute, mesh)
@@ -332,7 +339,8 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
     """Bring the sampler's weights up to date, in place, where they are not the policy's own."""
     for plain, master in zip(sampler.parameters(), policy.model.parameters(), strict=True):
         if plain is not master:
-            plain.copy_(full(master.to(plain.dtype)))  # cast first: less to gather
+            # cast first: less to gather
+            plain.copy_(full(master.to(plain.dtype)))
 
 
 # ---------------------------------------------------------------------------
@@ -410,11 +418,13 @@ class Config(Common):
                                         f"gradient_accumulation_steps = {sequences}")
 
     @property
-    def sequences(self) -> int:  # per step and rank
+    # per step and rank
+    def sequences(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
-    def prompts(self) -> int:  # per step and rank
+    # per step and rank
+    def prompts(self) -> int:
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
     @property
@@ -443,64 +453,66 @@ def load_config(argv: list[str]) -> Config:
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
-def publish(partial: str, final: str) -> None:
-    """Put a finished folder in its place by renaming: it is there whole, or not at all."""
-    if exists(final):
-        os.rename(final, f"{final}.old")
-    os.rename(partial, final)
-    shutil.rmtree(f"{final}.old", ignore_errors=True)
+@contextmanager
+def published(folder: str):
+    """A folder to write into, on all ranks, that is renamed to `folder` once it is whole."""
+    partial, old = f"{folder}.partial", f"{folder}.old"
+    on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+    try:
+        yield partial
+    # a full disk: OSError, the safetensors library's own, or DCP's, which is no Exception
+    except (Exception, CheckpointException) as error:
+        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise UserError(f"{folder}: cannot be written; disk full? ({last_line(error)})") from None
+
+    def rename():
+        if exists(folder):
+            os.rename(folder, old)
+        os.rename(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    on_rank_0(rename)
+
+
+def last_line(error) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def export(folder: str, policy: Scorer, sampler, tokenizer, dtype) -> None:
     """Write the trained weights in `dtype` as a Hugging Face folder."""
-    buffers, partial = dict(sampler.named_buffers()), f"{folder}.partial"
+    buffers = dict(sampler.named_buffers())
     weights = {name: x.cpu() for name, x in sampler.state_dict().items() if name in buffers}
     for name, parameter in policy.model.named_parameters():
-        weight = full(parameter.detach())  # collective: every rank takes part
+        # collective: every rank takes part
+        weight = full(parameter.detach())
         if rank() == 0:
             weights[name] = weight.to("cpu", dtype, copy=True)
-
-    def write():
-        try:
+    with published(folder) as partial:
+        def write():
             sampler.save_pretrained(partial, state_dict=weights)
-            sampler.config.dtype = dtype  # save_pretrained wrote the sampler's own
+            # save_pretrained wrote the sampler's own
+            sampler.config.dtype = dtype
             sampler.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        except Exception as error:  # OSError, or the safetensors library's own: a full disk
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{folder}: cannot be written ({first_line(error)})") from None
-        publish(partial, folder)
 
-    on_rank_0(write)
+        on_rank_0(write)
 
 
 def save_checkpoint(directory: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
     """All that continuing needs, as checkpoints/step-N of the run directory, by DCP. state.json has
     the sizes of its files, which tell one that is cut short later, and of the run's logs."""
-    partial = f"{directory}/checkpoints/partial"
-    final = f"{directory}/checkpoints/step-{state['step']}"
-    on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
     weights, moments = get_state_dict(policy, optimizer)
-    try:
+    with published(f"{directory}/checkpoints/step-{state['step']}") as partial:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-    except CheckpointException as error:  # on all ranks alike
-        on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise UserError(f"{final}: cannot be written; is the disk full? ({last_line(error)})") from None
 
-    def finish():
-        sizes = {name: getsize(f"{partial}/{name}") for name in os.listdir(partial)}
-        logs = {name: getsize(f"{directory}/{name}") for name in LOGS}
-        text = json.dumps(state | {"sizes": sizes, "logs": logs})
-        Path(f"{partial}/state.json").write_text(text, "utf-8")
-        publish(partial, final)
-        for old in checkpoints(directory)[keep:]:
-            shutil.rmtree(old)
+        def finish():
+            sizes = {name: getsize(f"{partial}/{name}") for name in os.listdir(partial)}
+            logs = {name: getsize(f"{directory}/{name}") for name in LOGS}
+            text = json.dumps(state | {"sizes": sizes, "logs": logs})
+            Path(f"{partial}/state.json").write_text(text, "utf-8")
 
-    on_rank_0(finish)
-
-
-def last_line(error) -> str:
-    return str(error).strip().rpartition("\n")[2]
+        on_rank_0(finish)
+    on_rank_0(lambda: [shutil.rmtree(old) for old in checkpoints(directory)[keep:]])
 
 
 def checkpoints(directory: str) -> list[str]:
@@ -518,7 +530,8 @@ def find_checkpoint(directory: str, chosen: str | None) -> tuple[str | None, dic
             state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
             if all(getsize(f"{path}/{name}") == n for name, n in state["sizes"].items()):
                 return path, state
-        except (OSError, ValueError, KeyError):  # missing, or cut short
+        # missing, or cut short
+        except (OSError, ValueError, KeyError):
             pass
         require(chosen == "latest", f"checkpoint_path {path}: no whole checkpoint; give a "
                                     "checkpoints/step-N folder or latest")
@@ -529,11 +542,13 @@ def find_checkpoint(directory: str, chosen: str | None) -> tuple[str | None, dic
 
 def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
     weights, moments = get_state_dict(policy, optimizer)
-    partly = dcp.DefaultLoadPlanner(allow_partial_load=True)  # what has no gradient has no moments
+    # what has no gradient has no moments
+    partly = dcp.DefaultLoadPlanner(allow_partial_load=True)
     try:
         dcp.load({"model": weights}, checkpoint_id=path)
         dcp.load({"optimizer": moments}, checkpoint_id=path, planner=partly)
-    except (Exception, CheckpointException) as error:  # the latter is none of the former
+    # the latter is none of the former
+    except (Exception, CheckpointException) as error:
         raise UserError(f"checkpoint_path {path}: does not fit the model ({last_line(error)})") from None
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
@@ -577,37 +592,36 @@ def sample_rows(step: int, rollouts: list[Rollout], figures: dict, decode) -> li
 
 def draw_curves(directory: str) -> None:
     """curves.png from metrics.jsonl: reward, accuracy, rationale length and KL against the step."""
-    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+    # without pyplot, which would look for a screen
+    from matplotlib.figure import Figure
     rows = read_jsonl(f"{directory}/metrics.jsonl")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     titles = {"reward": "reward per rollout", "accuracy": "greedy accuracy, validation",
               "rationale_length": "rationale length, tokens", "kl": "KL to the starting point, nats"}
     axes = dict(zip(titles, figure.subplots(2, 2, sharex=True).flat))
     for name, axis in axes.items():
-        for style, label in (("C0-", "rollouts"), ("C1o-", "greedy, validation")):
+        for style, label in (("-", "rollouts"), ("o-", "greedy, validation")):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None
                       and ("split" in row) == (label != "rollouts")]
-            axis.plot(*zip(*points) if points else ([], []), style, markersize=4, linewidth=1, label=label)
+            axis.plot(*zip(*points) if points else ([], []), style, markersize=4, label=label)
         axis.set_title(titles[name], fontsize=10)
         axis.grid(alpha=0.3)
     axes["accuracy"].set_ylim(-0.02, 1.02)
     axes["rationale_length"].legend(fontsize=8)
-    figure.supxlabel("step", fontsize=10)
-    figure.suptitle(basename(directory), fontsize=10)
+    figure.supxlabel("step")
+    figure.suptitle(basename(directory))
     figure.savefig(f"{directory}/curves.png", dpi=130)
 
 
 # ---------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    return random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
-
-
 def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
     """The next n of `count` prompts after `consumed` ones: each prompt once per epoch."""
-    return [epoch_order(seed, i // count, count)[i % count] for i in range(consumed, consumed + n)]
+    positions = range(consumed, consumed + n)
+    orders = {epoch: random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
+              for epoch in {i // count for i in positions}}
+    return [orders[i // count][i % count] for i in positions]
 
 
 def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Example]], str]:
@@ -639,24 +653,25 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         load_checkpoint(path, policy, optimizer)
         refresh(sampler, policy)
     if not on_rank_0(lambda: exists(f"{directory}/best")):
-        state["best"] = 0.0  # it was that of another run
+        # it was that of another run
+        state["best"] = 0.0
     on_rank_0(lambda: write_config(f"{directory}/config.yaml", config))
     on_rank_0(lambda: rewind(directory, state))
     count, per_step = len(examples["train"]), config.prompts * world_size()
     total = config.total_steps(count, world_size(), state["step"], state["consumed"])
-    planned = state["consumed"] + (total - state["step"]) * per_step  # prompts
+    # prompts
+    planned = state["consumed"] + (total - state["step"]) * per_step
     evaluate_at = {round(i * total / config.num_evaluations) for i in range(config.num_evaluations + 1)}
     if state.get("due"):
-        evaluate_at.add(state["step"])  # though another number of ranks moves the others
+        # though another number of ranks moves the others
+        evaluate_at.add(state["step"])
     log = start_wandb(config, directory)
     bar = tqdm(total=total, initial=state["step"], desc=config.objective, unit="step",
                disable=rank() > 0)
 
     def evaluate_now():
-        result = evaluate(sampler, tokenizer, examples["validation"], grader,
-                          response_length=config.response_length, stop_token=config.stop_token,
-                          stop_seqs=config.stop_seqs, batch_size=config.per_device_eval_batch_size,
-                          seed=config.seed, title=f"validation, step {state['step']}")
+        result = evaluate(config, sampler, tokenizer, examples["validation"], grader, 0,
+                          f"validation, step {state['step']}")
         names = ("n", "accuracy", "answer_logprob", "rationale_length", "finished")
         figures = {name: result[name] for name in names}
         append(f"{directory}/metrics.jsonl", [{"step": state["step"], "split": "validation"} | figures])
@@ -666,11 +681,13 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
                        f"π(y|x⊕z) {result['answer_logprob']:.3f}, rationale length "
                        f"{result['rationale_length']:.1f}")
             draw_curves(directory)
-        if state["step"] > 0 and result["accuracy"] >= state["best"]:  # of equals the later
+        # of equals the later
+        if state["step"] > 0 and result["accuracy"] >= state["best"]:
             state["best"] = result["accuracy"]
             export(f"{directory}/best", policy, sampler, tokenizer, dtype)
 
-    signals: list[int] = []  # received
+    # received
+    signals: list[int] = []
     handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
     while True:
@@ -678,7 +695,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
             evaluate_now()
         if state["step"] >= total:
             export(f"{directory}/final", policy, sampler, tokenizer, dtype)
-            told_to_stop = any(gather(signals))  # during the last evaluation
+            # during the last evaluation
+            told_to_stop = any(gather(signals))
             break
         learning_rate = config.learning_rate * (1 - state["consumed"] / planned)
         optimizer.param_groups[0]["lr"] = learning_rate
@@ -690,7 +708,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
         state |= {"step": state["step"] + 1, "consumed": state["consumed"] + per_step}
         row = {"step": state["step"], "epoch": state["consumed"] / count, "lr": learning_rate} | row
         append(f"{directory}/metrics.jsonl", [row])
-        whole = state["step"] in (1, total)  # else a prompt's rollouts
+        # else a prompt's rollouts
+        whole = state["step"] in (1, total)
         logged = rollouts if whole else rollouts[:config.rloo_k]
         logged = sample_rows(state["step"], logged, figures, decoder(tokenizer))
         append(f"{directory}/samples.jsonl", gather(logged) if whole else logged)
@@ -701,7 +720,8 @@ def train(config: Config, directory: str, model, tokenizer, examples: dict[str, 
                                      f"learning_rate; the best model so far is in {directory}/best")
         bar.set_postfix_str(f"reward {row['reward']:.3f}, length {row['rationale_length']:.1f}")
         bar.update()
-        told_to_stop = any(gather(signals))  # on any rank
+        # on any rank
+        told_to_stop = any(gather(signals))
         if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
             state["due"] = state["step"] in evaluate_at
             save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
@@ -752,14 +772,17 @@ def run(config: Config, device) -> None:
     wandb = not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb")
     require(wandb, "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     check_shards(config, world_size())
-    torch.manual_seed(config.seed)  # of the embedded base's first weights
+    # of the embedded base's first weights
+    torch.manual_seed(config.seed)
     path, resumed = config.model_name_or_path, config.checkpoint_path
     model, tokenizer = load_model(path, "auto", device, config.attn_implementation,
                                   config.trust_remote_code)
     examples, grader = load_examples(config, model, tokenizer)
     if resumed != "latest":
-        on_rank_0(lambda: find_checkpoint("", resumed))  # before anything is written
-    held = []  # the lock, until this function ends
+        # before anything is written
+        on_rank_0(lambda: find_checkpoint("", resumed))
+    # the lock, until this function ends
+    held = []
     on_rank_0(lambda: held.extend(make_directory(config)))
     directory = on_rank_0(lambda: held[0])
     config.run_name = basename(directory)
@@ -772,7 +795,8 @@ def run(config: Config, device) -> None:
     if trained and closed or path == "embedded":
         return
     del model
-    gc.collect()  # FSDP's modules hold each other
+    # FSDP's modules hold each other
+    gc.collect()
     split, models = closing_split(config.dataset_path), {"base": path, "best": f"{directory}/best"}
     rows = load_rows(config.dataset_name, split, config.dataset_path)
     judge(config, models, rows, grader, split, f"{directory}/evaluation-{{}}.json")
@@ -804,27 +828,27 @@ def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> di
     is an estimate."""
     on_gpu = config.gpu_memory is not None or torch.cuda.is_available()
     width = resolve_dtype(config.dtype, torch.device("cuda" if on_gpu else "cpu")).itemsize
-    c, shards, size = model.config.get_text_config(), config.shard_size or ranks, config.per_device_train_batch_size
+    c, shards = model.config.get_text_config(), config.shard_size or ranks
     layers, hidden = c.num_hidden_layers, c.hidden_size
     whole = sum(p.numel() for p in model.parameters())
-    part = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0])  # FSDP2 cuts dimension 0
-               for p in model.parameters())
-    sampled = min(config.sequences, config.rollout_batch_size) * (config.objective == "latro")
-    slots = max(sampled, config.per_device_eval_batch_size) * (context + config.response_length)
+    # FSDP2 cuts dimension 0
+    part = sum(-(-p.shape[0] // shards) * p[0].numel() for p in model.parameters())
+    rows = max(min(config.sequences, config.rollout_batch_size), config.per_device_eval_batch_size)
     head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    tokens = size * config.response_length + -(-size // config.rloo_k) * context  # a prompt once
-    layer = tokens * width * (10 * hidden + 4 * (getattr(c, "intermediate_size", None) or 4 * hidden))
-    kept = layer + tokens * width * hidden * layers if config.gradient_checkpointing else layer * layers
-    root = {model.get_input_embeddings(), model.get_output_embeddings()}
-    root = sum(module.weight.numel() for module in root)
+    length, size = context + config.response_length, config.per_device_train_batch_size
+    # of a pass with each prompt once, in bytes: all that a layer keeps, and its input
+    tokens = (size * config.response_length + -(-size // config.rloo_k) * context) * width
+    layer = tokens * (10 * hidden + 4 * (getattr(c, "intermediate_size", None) or 4 * hidden))
+    kept = layer + tokens * hidden * layers if config.gradient_checkpointing else layer * layers
+    root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
+    # two layers at a time; the reference's root is never sharded again
     gathered = (width + 4) * (root + 2 * (whole - root) // layers)
-    gathered += width * root * config.needs_reference  # its root is never sharded again
-    alone = ranks == 1 and width == 4  # then the policy is sampled from
+    gathered += width * root * config.needs_reference
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
-            "sampling copy": 0 if alone else width * whole,
+            "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part * config.needs_reference,
-            "KV cache": 2 * width * slots * layers * heads * head_dim,
+            "KV cache": 2 * width * rows * length * layers * heads * head_dim,
             "activations and gathered layers (estimate)":
                 kept + 3 * 512 * c.vocab_size * 4 + gathered * (ranks > 1)}
 
@@ -846,7 +870,8 @@ def dry_run(config: Config) -> None:
             else:
                 shape = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
                 model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
-    except Exception as error:  # no network, no config, no access
+    # no network, no config, no access
+    except Exception as error:
         raise UserError(f"model {path}: no config ({first_line(error)}); give a folder or hub id") from None
     needs = plan(config, model, ranks)
     most, together = max(needs, key=needs.get), sum(needs.values())
