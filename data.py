@@ -57,6 +57,10 @@ def require(condition, message):
         raise UserError(message)
 
 
+def first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 # --- Raw rows -------------------------------------------------------------------------------------
 def read_jsonl(path):
     """Rows of a JSONL file; UserError names the file and the line that is no JSON object."""
@@ -86,7 +90,7 @@ def hub_rows(source, split, names):
         return [row for part in parts for row in datasets.load_dataset(*part, split=split)]
     # Dozens of types: no network, no such split, no access, a broken file.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"dataset {source}, split {split}: {reason}; give a local dataset_path")
 
 
@@ -531,9 +535,3 @@ def grade(grader, text, row):
     if grader == "math":
         return prediction, math_equal(prediction, row["groundtruth"])
     return prediction, prediction == extract(row["groundtruth"])
-
-
-def check_gold(rows, grader):
-    """How many rows' own `responses` the grader calls wrong, and the first such row."""
-    wrong = [row for row in rows if not grade(grader, row["responses"], row)[1]]
-    return len(wrong), wrong[0] if wrong else None

@@ -11,10 +11,8 @@ Everything that touches a model is one of two verbs, in training and here:
 
 Training evaluates with the `evaluate` below, so the two cannot disagree.
 """
-import dataclasses
-import datetime
 import difflib
-import glob
+import functools
 import inspect
 import json
 import math
@@ -22,37 +20,38 @@ import os
 import random
 import re
 import sys
-import types
-import typing
+import warnings
+import weakref
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from os.path import basename, dirname, exists, isdir, isfile
+from datetime import timedelta
+from itertools import accumulate, chain
+from os.path import dirname, exists, isdir, isfile
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 import transformers
 import yaml
 from torch import nn
+from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM,
-                          AutoTokenizer)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data import (DATASETS, EMBEDDED, Example, UserError, answer_ids, check_gold, choose_grader, decoder,
-                  embedded_model, end_of_turn_id, grade, load_rows, make_examples, prompt_text, require)
+from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
+                  end_of_turn_id, first_line, grade, load_rows, make_examples, prompt_text, require)
 
+# the bars are ours, for the long work
 transformers.utils.logging.set_verbosity_error()
-# ours show the long work
 transformers.utils.logging.disable_progress_bar()
 # oneDNN, and PyTorch's layer over it, each keep a kernel per shape, by default
 # 1,024: memory in use would grow for 100 updates. Read at their first use.
@@ -68,7 +67,7 @@ class Row:
     """One sample in the making. Its token t lies in slot t of its cache row."""
     index: int
     prompt: list[int]
-    # sampled
+    noise: list[float]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -84,50 +83,47 @@ class Row:
 
 
 class Slots(Cache):
-    """Keys and values of all rows, (width, heads, slots, head size) a layer,
-    written in place."""
+    """Keys and values of all rows, written in place: two tensors a layer,
+    (width, heads, slots, head size)."""
 
-    def __init__(self, like: list, width: int, slots: int):
+    def __init__(self, like: list[torch.Tensor], width: int, slots: int):
         super().__init__(layers=[])
-        self.at = None  # (n,) the slot that each row writes in this step
-        # slots that some row looks at
-        self.seen = 0
-        self.layers_kv = [
-            [x.new_zeros(width, x.shape[0], slots, x.shape[2]) for x in layer]
-            for layer in like]
+        self.tensors = [x.new_zeros(width, len(x), slots, x.shape[2])
+                        for x in like]
+        # (n,) the slot that each row writes in this step, and how many slots
+        # the row that sees most sees
+        self.at, self.seen = None, 0
 
     def update(self, keys, values, layer: int, *args, **kwargs):
         """Write the step's keys and values (n, heads, 1, head size)."""
-        n = len(keys)
-        rows = torch.arange(n, device=keys.device)
-        for slots, new in zip(self.layers_kv[layer], (keys, values)):
+        rows = torch.arange(len(keys), device=keys.device)
+        pair = self.tensors[2 * layer:2 * layer + 2]
+        for slots, new in zip(pair, (keys, values)):
             slots[rows, :, self.at] = new[:, :, 0]
-        return [slots[:n, :, :self.seen] for slots in self.layers_kv[layer]]
+        return [slots[:len(keys), :, :self.seen] for slots in pair]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.seen - 1
 
-    def row(self, i: int) -> list:
-        """Each layer's keys and values of a row, (heads, slots, head size)."""
-        return [(keys[i], values[i]) for keys, values in self.layers_kv]
+    def row(self, i: int) -> list[torch.Tensor]:
+        return [slots[i] for slots in self.tensors]
 
-    def fill(self, i: int, layers: list, length: int) -> None:
-        """Give row i the first `length` keys and values of another."""
-        for mine, others in zip(self.row(i), layers):
-            for slots, x in zip(mine, others):
-                slots[:, :length] = x[:, :length]
+    def fill(self, i: int, other: list[torch.Tensor], length: int) -> None:
+        """Give row i the first `length` slots of another row."""
+        for mine, x in zip(self.row(i), other):
+            mine[:, :length] = x[:, :length]
 
 
-def prefill(model, prompts: list[list[int]]) -> list:
-    """Per prompt and layer its keys and values (heads, T, head size).
+def prefill(model, prompts: list[list[int]]) -> list[list[torch.Tensor]]:
+    """A row of keys and values (heads, T, head size) for each prompt.
 
     Padded on the right: causality keeps the padding out."""
     ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     model(input_ids=ids.to(model.device), past_key_values=cache,
           use_cache=True, logits_to_keep=1)
-    return [[(layer.keys[i], layer.values[i]) for layer in cache.layers]
-            for i in range(len(prompts))]
+    pairs = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return [[x[i] for x in pairs] for i in range(len(prompts))]
 
 
 def visible(model, last: torch.Tensor, slots: int):
@@ -136,13 +132,13 @@ def visible(model, last: torch.Tensor, slots: int):
     dict by kind of layer where the model has several."""
     config = model.config.get_text_config()
     slot = torch.arange(slots, device=last.device)
-    seen = {"full_attention": slot <= last[:, None]}
+    hidden = {"full_attention": slot > last[:, None]}
     if window := getattr(config, "sliding_window", None):
-        near = slot > last[:, None] - window
-        seen["sliding_attention"] = seen["full_attention"] & near
-    masks = {kind: torch.zeros_like(m, dtype=model.dtype).masked_fill(
-                 ~m, torch.finfo(model.dtype).min)[:, None, None]
-             for kind, m in seen.items()}
+        far = slot <= last[:, None] - window
+        hidden["sliding_attention"] = hidden["full_attention"] | far
+    lowest = torch.finfo(model.dtype).min
+    masks = {kind: torch.zeros_like(x, dtype=model.dtype).masked_fill(
+                 x, lowest)[:, None, None] for kind, x in hidden.items()}
     kinds = set(getattr(config, "layer_types", None) or [list(masks)[-1]])
     return masks if len(kinds) > 1 else masks[kinds.pop()]
 
@@ -155,17 +151,33 @@ def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return tokens.clamp(max=cdf.shape[1] - 1)
 
 
+def step(model, cache: Slots, state: torch.Tensor, temperature: float):
+    """Feed each row a token and sample its next: of state (n, 3), the token,
+    its slot and a uniform number, to (n, 2), a token and its log-probability.
+
+    Of tensors on the device alone: nothing in it waits for their values."""
+    ids, cache.at = state[:, :2].long().T
+    logits = model(input_ids=ids[:, None],
+                   attention_mask=visible(model, cache.at, cache.seen),
+                   position_ids=cache.at[:, None],
+                   past_key_values=cache, use_cache=True).logits[:, -1]
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = logits.to(precise) / (temperature or 1.0)
+    logprobs = logprobs.log_softmax(-1)  # (n, V)
+    tokens = logprobs.argmax(-1)
+    if temperature:
+        tokens = draw(logprobs, state[:, 2])
+    picked = logprobs.gather(1, tokens[:, None])[:, 0]
+    return torch.stack([tokens.double(), picked.double()], 1)
+
+
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    num_samples: int = 1,
-    temperature: float = 0.0,
+    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, *,
+    num_samples: int = 1, temperature: float = 0.0,
     uniforms: torch.Tensor | None = None,
     stop: Callable[[list[int]], bool] = lambda ids: False,
-    batch_size: int | None = None,
+    batch_size: int | None = None, capture: bool | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """Sample num_samples continuations of each prompt, with a KV cache and
     continuous batching: a row that ends leaves, a waiting row takes its place.
@@ -175,16 +187,19 @@ def generate(
     inverts the CDF at uniforms[i, t], whatever else is in the batch (default:
     torch.rand's). stop(ids) → whether the row ends with its newest token; it
     ends after max_new_tokens anyhow. batch_size: rows decoded together
-    (default: all). Row i belongs to prompt i // num_samples.
+    (default: all). capture: take steps of a few shapes alone, on a GPU as CUDA
+    graphs, which later calls use again (default: on a GPU). Row i belongs to
+    prompt i // num_samples.
 
     Returns per row its ids, with the stop, and their log-probabilities at
     `temperature` (greedy: at 1), natural logs."""
-    rows = [Row(i, prompts[i // num_samples])
-            for i in range(len(prompts) * num_samples)]
     if uniforms is None:
-        uniforms = torch.rand(len(rows), max_new_tokens, dtype=torch.float64)
-    uniforms = uniforms.to(model.device)
-    precise = torch.promote_types(model.dtype, torch.float32)
+        uniforms = torch.rand(len(prompts) * num_samples, max_new_tokens,
+                              dtype=torch.float64)
+    rows = [Row(i, prompts[i // num_samples], noise)
+            for i, noise in enumerate(uniforms.tolist())]
+    if capture is None:
+        capture = model.device.type == "cuda"
     width = min(batch_size or len(rows), len(rows))
     slots = max(map(len, prompts), default=0) + max_new_tokens
     # the next one is the last
@@ -200,41 +215,30 @@ def generate(
         if waiting and free >= max(1, width // 8):
             new = [waiting.pop() for _ in range(min(free, len(waiting)))]
             which = {row.index // num_samples for row in new}
-            which = sorted(which - prefilled.keys())
-            if which:
-                layers = prefill(model, [prompts[i] for i in which])
-                prefilled.update(zip(which, layers))
+            if which := sorted(which - prefilled.keys()):
+                found = prefill(model, [prompts[i] for i in which])
+                prefilled.update(zip(which, found))
             for row in new:
                 prompt, sample = divmod(row.index, num_samples)
                 if cache is None:
-                    cache = Slots(prefilled[prompt], width, slots)
+                    size = prefilled[prompt], width, slots
+                    cache = keep(model, *size) if capture else Slots(*size)
                 cache.fill(len(batch), prefilled[prompt], row.cached)
                 batch.append(row)
                 if sample == num_samples - 1:
                     del prefilled[prompt]
 
         # 2 step: feed one token of each row, sample the next
-        state = [[row.next, row.cached, row.index, len(row.ids)]
-                 for row in batch]
-        state = torch.tensor(state, device=model.device)
-        ids, cache.at, index, count = state.T  # (n,) each
+        state = torch.tensor(
+            [[row.next, row.cached, row.noise[len(row.ids)]] for row in batch],
+            dtype=torch.float64, device=model.device)
         cache.seen = max(row.cached for row in batch) + 1
-        logits = model(input_ids=ids[:, None],
-                       attention_mask=visible(model, cache.at, cache.seen),
-                       position_ids=cache.at[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-        logprobs = logits.to(precise) / (temperature or 1.0)
-        logprobs = logprobs.log_softmax(-1)  # (n, V)
-        if temperature:
-            tokens = draw(logprobs, uniforms[index, count])
-        else:
-            tokens = logprobs.argmax(-1)
-        picked = logprobs.gather(1, tokens[:, None])[:, 0]
+        drawn = (replay if capture else step)(model, cache, state, temperature)
 
         # 3 look: who has ended? The one time that the host waits
         ended = []
-        drawn = torch.stack([tokens.double(), picked.double()], 1).tolist()
-        for i, (row, (token, logprob)) in enumerate(zip(batch, drawn)):
+        for i, (token, logprob) in enumerate(drawn[:len(batch)].tolist()):
+            row = batch[i]
             row.ids.append(int(token))
             row.logprobs.append(logprob)
             if stop(row.ids) or len(row.ids) == max_new_tokens:
@@ -253,7 +257,7 @@ def stopper(stop_ids: Collection[int], stop_seqs: Sequence[str],
             decode: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
     """stop(ids) for generate: whether the newest token is one of stop_ids or
     completes one of stop_seqs in the decoded text."""
-    # tokens
+    # tokens that a stop and what comes before it can take
     window = max((len(s.encode()) for s in stop_seqs), default=0) + 8
 
     def stop(ids: list[int]) -> bool:
@@ -263,6 +267,76 @@ def stopper(stop_ids: Collection[int], stop_seqs: Sequence[str],
         return any(s in text for s in stop_seqs)
 
     return stop
+
+
+# ---------------------------------------------------------------------------
+# Captured steps, for GPUs: a step of an 8B model is a thousand small kernels,
+# which the host launches more slowly than the GPU runs them
+# ---------------------------------------------------------------------------
+# model → its Slots, from call to call
+KEPT = weakref.WeakKeyDictionary()
+
+
+def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
+    """The model's Slots of earlier calls, where they are large enough and its
+    weights lie where the captured steps read them; else new ones."""
+    weights = [p.data_ptr() for p in model.parameters()]
+    weights.append(model.config._attn_implementation)
+    cache = KEPT.pop(model, None)
+    if cache is not None:
+        width = max(width, cache.width)
+        slots = max(slots, cache.slots)
+    if cache is None or cache.kind != (weights, width, slots):
+        # its memory goes before more is taken
+        cache = None
+        slots = -(-slots // 256) * 256
+        cache = Slots(like, width, slots)
+        cache.kind = weights, width, slots
+        cache.width, cache.slots, cache.pool = width, slots, None
+        cache.graphs = {} if like[0].is_cuda else None
+    KEPT[model] = cache
+    return cache
+
+
+def replay(model, cache: Slots, state: torch.Tensor, temperature: float):
+    """step, of a power of two of rows and a multiple of 256 slots, on a GPU
+    captured: the host launches one graph. Weights may change in place."""
+    n = min(1 << (len(state) - 1).bit_length(), cache.width)
+    # free rows write slot 0 of a row that nobody has
+    state = torch.cat([state, state.new_zeros(n - len(state), 3)])
+    cache.seen = min(-(-cache.seen // 256) * 256, cache.slots)
+    shape = n, cache.seen, temperature
+    if cache.graphs is not None and shape not in cache.graphs:
+        capture_step(model, cache, state, temperature, shape)
+    # on a CPU, or where the model reads the host
+    if cache.graphs is None:
+        return step(model, cache, state, temperature)
+    graph, static, drawn = cache.graphs[shape]
+    static.copy_(state)
+    graph.replay()
+    return drawn
+
+
+def capture_step(model, cache: Slots, state, temperature: float, shape) -> None:
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        # that this mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        # run first: a capture that fails would leave the allocator unusable
+        step(model, cache, state, temperature)
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.graph(graph, cache.pool,
+                              capture_error_mode="thread_local"):
+            drawn = step(model, cache, state, temperature)
+        cache.pool = graph.pool()
+        cache.graphs[shape] = graph, state, drawn
+    except RuntimeError as error:
+        cache.graphs = None
+        print(f"sampling without CUDA graphs, which is slower: {error}")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------------------
@@ -335,9 +409,12 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
                                       attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("soft-capped scores")
+    if query.is_cuda and query.dtype.itemsize == 2:
+        return varlen_attention(query, key, value, segments, scaling,
+                                sliding_window), None
     dtype = query.dtype
-    if query.device.type == "cpu" and torch.is_grad_enabled():
-        # its backward pass in bfloat16 takes 2.5 times as long
+    if torch.is_grad_enabled():
+        # the backward pass in bfloat16 takes 2.5 times as long on a CPU
         wide = torch.promote_types(dtype, torch.float32)
         query, key, value = (x.to(wide) for x in (query, key, value))
     lengths = [length for length, _ in segments]
@@ -362,6 +439,43 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+# once per pass, not per layer; a backward pass may need them
+@functools.lru_cache(maxsize=1)
+@torch.inference_mode(False)
+def gathered(segments: tuple, device):
+    """Where each segment's keys lie, one segment after another; where its
+    queries and its keys start; the longest of both."""
+    ends = [*accumulate(length for length, _ in segments)]
+    spans = [range(end - n, end) for end, (n, _) in zip(ends, segments)]
+    keys = [[*spans[parent], *spans[i]] if parent != i else [*spans[i]]
+            for i, (_, parent) in enumerate(segments)]
+    parts = [*chain(*keys)], [0, *ends], [0, *accumulate(map(len, keys))]
+    tensor = torch.tensor([*chain(*parts)], dtype=torch.int32, device=device)
+    longest = max(map(len, spans)), max(map(len, keys))
+    return *tensor.split([*map(len, parts)]), *longest
+
+
+def varlen_attention(query, key, value, segments, scaling, sliding_window):
+    """All segments of a packed pass in one call of a kernel, torch's or
+    flash-attn's where it is installed: (1, T, heads, head size). Causal at the
+    lower right: a segment's last token sees all of its keys."""
+    places, *sizes = gathered(segments, query.device)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    inputs = query, key.index_select(0, places), value.index_select(0, places)
+    # keys seen before a query, and after it; -1 is all
+    window = (sliding_window or 0) - 1, 0
+    try:
+        from flash_attn import flash_attn_varlen_func as kernel
+        options = {"softmax_scale": scaling, "causal": True}
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn as kernel
+        options = {"scale": scaling}
+        # torch 2.11 does it unasked
+        if "enable_gqa" in inspect.signature(kernel).parameters:
+            options["enable_gqa"] = True
+    return kernel(*inputs, *sizes, window_size=window, **options)[None]
 
 
 def pack(rollouts: list[Rollout], answers: bool, packed: bool):
@@ -450,7 +564,7 @@ class Scorer(nn.Module):
         extra = {}
         # a 4D mask is taken as it is: none is made
         if self.packed:
-            extra = {"segments": segments, "position_ids": positions,
+            extra = {"segments": tuple(segments), "position_ids": positions,
                      "attention_mask": ids.new_zeros(1, 1, 1, 1)}
         self.positions += ids.numel()
         hidden = self.model.get_decoder()(
@@ -495,78 +609,73 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
     return Rollout(example.prompt, ids[:n], actions, answer, finished, fits)
 
 
-LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k",
-          "answer_logprob": "log π(y|x⊕z)", "answer_logprob_no_rationale": "log π(y|x), no rationale",
-          "finished": "rationales finished", "rationale_length": "rationale length, tokens"}
-RATES = {"accuracy", "maj_at_k", "finished"}
+# the figures of an evaluation, as the table calls them; the first three are rates
+LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k", "finished": "rationales finished",
+          "rationale_length": "rationale length, tokens", "answer_logprob": "log π(y|x⊕z)",
+          "answer_logprob_no_rationale": "log π(y|x), no rationale"}
 
 
-def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int,
-             title: str) -> dict:
+def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int, title: str) -> dict:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the
     gold answers, by the settings s (a Common).
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut
     by training's rule. All ranks call this and share the examples; all get the same result, rows
     in the order of `examples`."""
-    decode, scorer = decoder(tokenizer), Scorer(model)
+    decode, scorer, length = decoder(tokenizer), Scorer(model), s.response_length
     stop_ids = stop_token_ids(tokenizer, model, s.stop_token)
     begin, end = (len(examples) * r // world_size() for r in (rank(), rank() + 1))
     mine = examples[begin:end]
-    bar = tqdm(total=len(mine) * (1 + num_samples), desc=title, unit="answer", leave=False,
-               disable=rank() > 0)
+    total = len(mine) * (1 + num_samples)
+    bar = tqdm(total=total, desc=title, unit="answer", leave=False, disable=rank() > 0)
 
     def stop(ids):
-        ended = ids[-1] in stop_ids or len(ids) == s.response_length
+        ended = ids[-1] in stop_ids or len(ids) == length
         bar.update(ended)
         return ended
 
-    def outputs(k: int, temperature=0.0, noise=None) -> list[list[dict]]:
+    def outputs(k, temperature=0.0, noise=None):
         """k graded outputs of each of this rank's examples."""
-        sampled = generate(
-            model, [e.prompt for e in mine], s.response_length, num_samples=k, stop=stop,
-            temperature=temperature, uniforms=noise, batch_size=s.per_device_eval_batch_size)
-        asked = [e for e in mine for _ in range(k)]
-        rollouts = [cut_rollout(e, ids, stop_ids, s.stop_seqs, decode)
-                    for e, (ids, _) in zip(asked, sampled)]
+        sampled = generate(model, [e.prompt for e in mine], length, num_samples=k, stop=stop,
+                           temperature=temperature, uniforms=noise, batch_size=s.per_device_eval_batch_size)
+        rollouts = [cut_rollout(mine[i // k], ids, stop_ids, s.stop_seqs, decode)
+                    for i, (ids, _) in enumerate(sampled)]
         graded = []
-        for e, (ids, _), r, logprob in zip(
-                asked, sampled, rollouts, answer_logprobs(scorer, rollouts)):
+        for i, (r, logprob) in enumerate(zip(rollouts, answer_logprobs(scorer, rollouts))):
+            ids, _ = sampled[i]
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
-            prediction, correct = grade(grader, output, e.row)
+            prediction, correct = grade(grader, output, mine[i // k].row)
             graded.append({"output": output, "prediction": prediction, "correct": correct,
                            "finished": r.finished, "rationale_length": len(r.rationale),
                            "answer_logprob": logprob})
-        return [graded[i:i + k] for i in range(0, len(graded), k)]
+        return [graded[i * k:i * k + k] for i in range(len(mine))]
 
-    greedy, sampled = outputs(1), [[]] * len(mine)
-    if num_samples:
-        keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
-        sampled = outputs(num_samples, s.temperature, uniform_rows(keys, s.response_length))
-    bar.close()
+    keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
+    sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
     bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
+    bare = answer_logprobs(scorer, bare)
     rows = []
-    for e, [row], samples, logprob in zip(mine, greedy, sampled, answer_logprobs(scorer, bare)):
+    for e, [row], samples, logprob in zip(mine, outputs(1), sampled, bare):
         rows.append({"query": prompt_text(tokenizer, e.row["queries"]),
                      "groundtruth": e.row["groundtruth"], **row,
                      "answer_logprob": mean(x["answer_logprob"] for x in samples or [row]),
                      "answer_logprob_no_rationale": logprob,
                      "majority": majority(samples), "samples": samples})
+    bar.close()
     rows = gather(rows)
-    columns = {"accuracy": "correct", "maj_at_k": "majority"}
     result = {"n": len(rows), "num_samples": num_samples}
+    columns = {"accuracy": "correct", "maj_at_k": "majority"}
     for name in LABELS if num_samples else LABELS.keys() - {"maj_at_k"}:
-        result[name] = mean(row[columns.get(name, name)] for row in rows)
-        if name in RATES:
+        values = [row[columns.get(name, name)] for row in rows]
+        result[name] = mean(values)
+        if isinstance(values[0], bool):
             result[f"{name}_ci95"] = interval95(result[name], len(rows))
     return result | {"rows": rows}
 
 
 @torch.no_grad()
-def answer_logprobs(scorer: nn.Module, rollouts: list[Rollout], size: int = 16) -> list[float]:
+def answer_logprobs(scorer, rollouts, size=16):
     """log π(y|x⊕z) of each rollout; `size` rollouts a pass."""
-    # z is not asked for
-    rollouts = [dataclasses.replace(r, actions=[]) for r in rollouts]
     parts = [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
     return [logprob for part in parts for logprob in score(scorer, part)[:, 1].tolist()]
 
@@ -575,9 +684,9 @@ def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
     """Ids that end generation: `stop_token` (eos, pad or both), the end of the turn, and the EOS
     ids of the model's own generation_config."""
     own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     asked = {"eos": [eos], "pad": [pad], "both": [eos, pad]}[stop_token]
-    own = own if isinstance(own, list) else [own]
     return {end_of_turn_id(tokenizer), *own, *asked} - {None}
 
 
@@ -597,9 +706,9 @@ def interval95(rate: float, n: int) -> list[float]:
 
 def majority(samples: list[dict]) -> bool:
     """Whether the most frequent prediction is right; of equally frequent ones the first counts."""
-    votes = Counter(s["prediction"] for s in samples if s["prediction"] is not None)
-    winners = [prediction for prediction, _ in votes.most_common(1)]
-    return any(s["correct"] for s in samples if s["prediction"] in winners)
+    votes = [s["prediction"] for s in samples if s["prediction"] is not None]
+    winner = max(votes, key=votes.count, default=None)
+    return any(s["correct"] for s in samples if s["prediction"] == winner)
 
 
 # ---------------------------------------------------------------------------
@@ -608,7 +717,7 @@ def majority(samples: list[dict]) -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU or a CPU that has it
     natively, else float32."""
-    # torch 2.11 has it not
+    # torch 2.11 has no get_capabilities
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(cpu.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
     if name == "auto":
@@ -635,40 +744,36 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             require(not missing, f"the weights lack {missing}")
         # special tokens may lie outside the embedding, as the image token of Gemma 3's text models
-        held = model.get_input_embeddings().num_embeddings
         ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+        held = model.get_input_embeddings().num_embeddings
         require(max([tokenizer.vocab_size - 1, *ordinary]) < held,
-                f"its tokenizer has {len(tokenizer)} tokens and its embedding {held}")
+                f"its tokenizer has {len(tokenizer)} tokens, its embedding {held}")
         choose_attention(model.to(device).eval(), packed=own is None)
-    # dozens of types: no network, a broken file, no access
     except Exception as error:
+        # of dozens of types: no network, no access, a broken file
         way = "`python latro.py` makes it" if path == EMBEDDED else "give a folder or hub id"
         raise UserError(f"model {path}: cannot be used ({first_line(error)}); {way}") from None
     return model, tokenizer
 
 
-def first_line(error) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 @torch.no_grad()
 def choose_attention(model, packed: bool) -> None:
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
-    else keep the model's own attention and score a rollout per row. ValueError where that differs
+    else keep the model's own attention and score a rollout per row. UserError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
-    # GPT-Neo, of 256 tokens
-    if "local" in getattr(model.config, "attention_layers", ()):
-        raise ValueError("the window of its local layers follows the longest row of a batch")
+    # GPT-Neo's, of 256 tokens: longer than what is compared
+    require("local" not in getattr(model.config, "attention_layers", ()),
+            "the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
     vocabulary = range(model.get_input_embeddings().num_embeddings)
     x, longer, *rest = (rng.choices(vocabulary, k=n) for n in (5, 9, 3, 4, 4, 3))
     rollouts = [Rollout(prompt, z, z, z[1:]) for prompt, z in zip((x, x, longer, longer), rest)]
 
-    def plain(prompt, ids) -> float:
+    def plain(prompt, ids):
         """log π(ids|prompt) by the model's own forward pass."""
-        logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[0]
-        logprobs = logits[len(prompt) - 1:-1].double().log_softmax(-1)
-        return logprobs[range(len(ids)), ids].sum().item()
+        ids = torch.tensor(prompt + ids, device=model.device)
+        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1:-1]
+        return -cross_entropy(logits.double(), ids[len(prompt):], reduction="sum").item()
 
     expected = [plain(r.prompt, r.rationale + r.answer) for r in rollouts]
     # nats, of some 50
@@ -676,34 +781,25 @@ def choose_attention(model, packed: bool) -> None:
     for attention in ("packed", own) if packed else (own,):
         try:
             model.set_attn_implementation(attention)
+            scores = score(Scorer(model), rollouts).sum(1).tolist()
             sampled = generate(model, [x, longer], 4, num_samples=2, temperature=1.0,
                                uniforms=uniform_rows("abcd", 4), batch_size=3)
-            scores = score(Scorer(model), rollouts).sum(1).tolist()
-            gaps = {"score": [a - b for a, b in zip(scores, expected)],
-                    "generate": [sum(logprobs) - plain(r.prompt, ids)
-                                 for r, (ids, logprobs) in zip(rollouts, sampled)]}
-            for verb, off in gaps.items():
-                off = max(map(abs, off))
-                require(off <= tolerance, f"{verb} is {off:.2g} nats off its forward pass")
+            found = [("score", ours, its) for ours, its in zip(scores, expected)]
+            found += [("generate", sum(logprobs), plain(r.prompt, ids))
+                      for r, (ids, logprobs) in zip(rollouts, sampled)]
+            for verb, ours, its in found:
+                off = abs(ours - its)
+                require(off <= tolerance, f"{verb} is off by {off:.2g} nats from a plain pass")
             return
-        # it has no such attention, or reads its mask otherwise
         except Exception as error:
-            if attention == own:
-                raise ValueError(f"cannot be sampled and scored: {first_line(error)}") from None
+            # packed: it has no such attention, or reads its mask otherwise
+            require(attention != own, f"it cannot be sampled or scored: {first_line(error)}")
 
 
 # ---------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text: str) -> None:
+def say(text):
     if rank() == 0:
         print(text, flush=True)
 
@@ -716,7 +812,7 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def on_rank_0(work: Callable[[], object]):
+def on_rank_0(work: Callable):
     """work()'s result on every rank, run on rank 0 alone; what goes wrong there is raised on all:
     none waits."""
     result = error = None
@@ -733,39 +829,39 @@ def on_rank_0(work: Callable[[], object]):
 
 def init_distributed() -> torch.device:
     """Join torchrun's process group, or make one of a single process; returns this rank's device."""
-    cuda, device = torch.cuda.is_available(), torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        # it plans every new shape
+        # cuDNN's attention would plan every new shape
         torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        # rank 0 writes large models
-        dist.init_process_group("nccl" if cuda else "gloo", **alone if "RANK" not in os.environ else {},
-                                timeout=datetime.timedelta(hours=1))
+        # an hour: the others wait while rank 0 writes a large model
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1),
+                                **{} if "RANK" in os.environ else alone)
     return device
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
+def run_script(main: Callable) -> None:
     """Run a script's main: bad input ends in one line and exit code 2."""
-    # where it cannot show a π
+    # a screen may have no π
     sys.stdout.reconfigure(errors="replace")
-    code = 0
+    code, ranks = 0, int(os.environ.get("WORLD_SIZE", 1))
     try:
         main(sys.argv[1:])
     except (UserError, OSError, FloatingPointError) as error:
+        # a UserError is the same on all ranks
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
     except SystemExit as end:
         code = end.code
-    ranks = world_size()
-    # else NCCL might wait for other ranks
+    # after an error NCCL might wait for other ranks
     if dist.is_initialized() and (ranks == 1 or code == 0):
         dist.destroy_process_group()
-    # a thread of gloo's outlives the group, and would abort an orderly shutdown
     if ranks > 1:
+        # a thread of gloo's outlives the group, and would abort an orderly shutdown
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -829,48 +925,16 @@ class Settings(Common):
     out: str | None = None
 
 
-def describe(cls: type) -> dict[str, str]:
-    """What each key means: the comment above it."""
-    source = "".join(inspect.getsource(part) for part in cls.__mro__[-2::-1])
-    return {name: comment for comment, name in re.findall(r"    # (.+)\n    (\w+): ", source)}
-
-
-def convert(kind, value):
-    """A value of YAML, or a word of a command line, as a field's type; ValueError where it is none."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    # … | None
-    if origin is types.UnionType:
-        return None if value in (None, "none", "null") else convert(inner[0], value)
-    if origin is list:
-        return [str(word) for word in (value if isinstance(value, list) else [value] if value else [])]
-    if origin is Literal:
-        return inner[inner.index(value)]
-    return ("false", "true").index(str(value).lower()) == 1 if kind is bool else kind(str(value))
-
-
-def settle(cls: type, *layers: dict):
-    """Settings of the dataclass cls: its defaults < the layers. UserError names an unknown key and
-    the nearest known one, or the key whose value has the wrong type."""
-    kinds, values = {f.name: f.type for f in dataclasses.fields(cls)}, {}
-    for name, value in (pair for layer in layers for pair in layer.items()):
-        near = difflib.get_close_matches(name, kinds, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all"
-        require(name in kinds, f"{name}: unknown key; {hint}")
-        try:
-            values[name] = convert(kinds[name], value)
-        except ValueError:
-            kind = str(getattr(kinds[name], "__name__", kinds[name])).removeprefix("typing.")
-            raise UserError(f"{name}: {value!r} is not of the kind {kind}") from None
-    return cls(**values)
-
-
-def parse(cls: type, argv: list[str], doc: str) -> dict:
+def parse(cls, argv: list[str]) -> dict:
     """The keys of a command line, --key value or --key=value; a list takes all words up to the next
-    key. --help prints `doc` and every key."""
+    key. --help prints the module's docstring and every key of the dataclass cls."""
     if "--help" in argv:
-        defaults, keys = vars(cls()), describe(cls)
-        print(doc, *(f"  --{k:<29} {keys[k]} [{defaults[k]}]" for k in keys), sep="\n")
-        sys.exit()
+        source = "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
+        keys = {name: comment for comment, name in re.findall(r"    # (.+)\n    (\w+): ", source)}
+        print(inspect.getmodule(cls).__doc__)
+        for name, default in vars(cls()).items():
+            print(f"  --{name:<29} {keys[name]} [{default}]")
+        sys.exit(0)
     given = {}
     for word in argv:
         if word.startswith("--"):
@@ -885,7 +949,35 @@ def parse(cls: type, argv: list[str], doc: str) -> dict:
     return given
 
 
-def read_yaml(path: str) -> dict:
+def settle(cls, given: dict):
+    """Settings of the dataclass cls: its defaults < the given ones. UserError names an unknown key
+    and the nearest known one, or the key whose value has the wrong type."""
+    kinds, values = get_type_hints(cls), {}
+    for name, value in given.items():
+        near = difflib.get_close_matches(str(name), kinds, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        require(name in kinds, f"{name}: unknown key; {hint}")
+        try:
+            values[name] = convert(kinds[name], value)
+        except ValueError:
+            kind = inspect.formatannotation(kinds[name])
+            raise UserError(f"{name}: {value!r} is no {kind}") from None
+    return cls(**values)
+
+
+def convert(kind, value):
+    """A value of YAML, or a word of a command line, as a field's type; ValueError where it is none."""
+    word, inner = str(value), get_args(kind)
+    if kind == list[str]:
+        return list(map(str, value if isinstance(value, list) else [value] if value else []))
+    if type(None) in inner:
+        return None if word in ("None", "none") else inner[0](word)
+    if inner:
+        return inner[inner.index(word)]
+    return ["false", "true"].index(word.lower()) == 1 if kind is bool else kind(word)
+
+
+def read_yaml(path) -> dict:
     """The keys of a YAML file; UserError where it holds anything else."""
     try:
         return dict(yaml.safe_load(Path(path).read_text("utf-8")) or {})
@@ -897,113 +989,98 @@ def read_yaml(path: str) -> dict:
 # ---------------------------------------------------------------------------
 # The script
 # ---------------------------------------------------------------------------
-def is_run(folder) -> bool:
+def is_run(folder):
     """Whether latro.py made a folder: a config.yaml alone may be anybody's."""
     return exists(f"{folder}/config.yaml") and exists(f"{folder}/metrics.jsonl")
 
 
-def newest_run() -> str:
-    """The newest run that holds a trained model; the embedded base, which all start from, is none."""
-    runs = [run for run in map(dirname, glob.glob("runs/*/best")) if is_run(run)]
-    runs = [run for run in runs if run != dirname(EMBEDDED)]
+def newest_run():
+    """The newest run with a trained model; the embedded base, which all start from, is none."""
+    runs = {best.parent for best in Path("runs").glob("*/best")} - {Path(EMBEDDED).parent}
+    runs = [*filter(is_run, runs)]
     require(runs, "no trained run under runs/: `python latro.py` trains one, --model names a model")
     return max(runs, key=lambda run: os.path.getmtime(f"{run}/config.yaml"))
 
 
-def main(argv: list[str]) -> None:
-    """Evaluate --model, or the base beside the best model of the newest run. The settings of the
-    run count where the command line says nothing."""
-    given, config = parse(Settings, argv, __doc__), {}
-    model = given.get("model")
-    require(not is_run(model), f"model {model}: a run, not a model; give {model}/best")
-    run = dirname(os.path.normpath(model)) if model else newest_run()
+def main(argv: list[str], run=None) -> None:
+    """Evaluate --model, or the base beside the best model of a run (default: the newest) on the same
+    rows. The settings of the run count where the command line says nothing. Writes each one's JSON
+    and prints the table."""
+    device, given, config = init_distributed(), parse(Settings, argv), {}
+    path = given.get("model")
+    require(not is_run(path), f"model {path}: a run, not a model; give {path}/best")
+    run = Path(path).parent if path else run or newest_run()
     if is_run(run):
         config = read_yaml(f"{run}/config.yaml")
-    base = config.pop("model_name_or_path", None)
-    keys = {f.name for f in dataclasses.fields(Common)} - {"seed"}
-    if given.get("dataset_name", config.get("dataset_name")) != config.get("dataset_name"):
+        say(f"settings: those of {run}, but for the command line's")
+    keys = get_type_hints(Common).keys() - {"seed"}
+    if given.get("dataset_name") not in (None, config.get("dataset_name")):
         # they are of the run's own dataset
         keys -= {"dataset_path", "grader", "limit"}
-    s = settle(Settings, {k: v for k, v in config.items() if k in keys}, given)
-    require(s.dataset_name, f"dataset_name: which one? {', '.join(DATASETS)}")
+    s = settle(Settings, {k: v for k, v in config.items() if k in keys} | given)
     # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
     part = [str(given[k]) for k in ("dataset_name", "split", "few_shot", "limit") if k in given]
     out = s.out or f"{run if config else '.'}/{'-'.join(['evaluation', '{}', *part])}.json"
-    require(model or not s.out, f"out {out}: needs --model")
+    require(path or not s.out, f"out {out}: needs --model")
     require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in a folder that exists")
-    split = s.split or ("all" if isfile(s.dataset_path or "") else "test")
+    whole = path and isfile(s.dataset_path or "")
+    split = s.split or ("all" if whole else closing_split(s.dataset_path))
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader = choose_grader(s.grader, s.dataset_name, rows)
-    init_distributed()
-    if config:
-        say(f"settings: those of {run}, but for the command line's")
     check_rows(rows, grader)
-    models = {"base": base, "best": f"{run}/best"}
-    if model:
-        models = {basename(os.path.normpath(model)): model}
-    judge(s, models, rows, grader, split, out)
-
-
-def check_rows(rows: list[dict], grader: str) -> None:
-    """Say which gold responses their grader calls wrong."""
-    wrong, row = check_gold(rows, grader)
-    if wrong:
-        say(f"warning: the grader {grader} calls {wrong} of {len(rows)} gold responses wrong; the first "
-            f"is {row['responses']!r}, groundtruth {row['groundtruth']!r}")
-
-
-def judge(s, models: dict[str, str], rows: list[dict], grader: str, split: str, out: str) -> None:
-    """Evaluate models, {label: path}, on the same rows by the settings s (a Common); write each
-    one's JSON to out.format(label), print the table."""
-    device, results = init_distributed(), {}
-    dtype = resolve_dtype(s.dtype, device)
+    models = {Path(path).name: path} if path else {"base": config["model_name_or_path"], "best": f"{run}/best"}
+    results, dtype = {}, resolve_dtype(s.dtype, device)
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
         examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length))
-        results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | evaluate(
-            s, model, tokenizer, examples, grader, s.num_samples, label)
+        result = evaluate(s, model, tokenizer, examples, grader, s.num_samples, label)
+        results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | result
         # one at a time is held
         del model
     if rank() == 0:
         # before anything is printed: the pipe may be closed
         for label, result in results.items():
             text = json.dumps(result, indent=1, ensure_ascii=False)
-            Path(out.format(label)).write_text(text, "utf-8")
+            Path(out.replace("{}", label)).write_text(text, "utf-8")
         print_results(results)
-        for label in results:
-            print(f"{label}: every row in {out.format(label)}")
+        print(f"every row: {out}")
 
 
-def closing_split(dataset_path) -> str:
+def check_rows(rows, grader):
+    """Say which gold responses their grader calls wrong."""
+    wrong = [row for row in rows if not grade(grader, row["responses"], row)[1]]
+    for row in wrong[:1]:
+        say(f"warning: the grader {grader} calls {len(wrong)} of {len(rows)} gold responses wrong; the "
+            f"first is {row['responses']!r}, groundtruth {row['groundtruth']!r}")
+
+
+def closing_split(dataset_path):
     """What a run's closing table is made of: a single file has no test rows."""
     return "validation" if isfile(dataset_path or "") else "test"
 
 
-def context_left(model, response_length: int) -> int | None:
+def context_left(model, response_length):
     """Tokens that the model's context leaves for x⊕y beside a rationale."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return context and context - response_length
 
 
-def print_results(results: dict[str, dict]) -> None:
-    """The table of evaluations of the same rows, side by side, and a few answers of each."""
+def print_results(results):
+    """The table of evaluations of the same rows, side by side, and two answers of each."""
     first = next(iter(results.values()))
-    labels = LABELS | {"maj_at_k": f"maj@{first['num_samples']}"}
     print(f"\n{first['split']}: {first['n']} questions; rates with their 95% interval")
-    print(f"  {'':<29}" + "".join(f"{name:>24}" for name in results))
-    for name in filter(first.__contains__, labels):
-        line = f"  {labels[name]:<29}"
+    print(" " * 30, *(f"{label:>24}" for label in results))
+    for name in filter(first.__contains__, LABELS):
+        line = f"  {LABELS[name]:<29}".replace("@k", f"@{first['num_samples']}")
         for result in results.values():
             low, high = result.get(f"{name}_ci95", (0, 0))
             cell = f"{result[name]:.1%} [{low:.1%}, {high:.1%}]" if high else f"{result[name]:.3f}"
-            line += f"{cell:>24}"
+            line += f"{cell:>25}"
         print(line)
-    for i, row in enumerate(first["rows"][:2]):
-        print(f"\n  Q: {row['query'].strip()}\n  gold: {row['groundtruth']}")
-        for name, result in results.items():
-            row = result["rows"][i]
-            print(f"  {name} ({'right' if row['correct'] else 'wrong'}): {row['output'].strip()}")
-    print(flush=True)
+    for answers in zip(*(result["rows"][:2] for result in results.values())):
+        print(f"\n  Q: {answers[0]['query'].strip()}\n  gold: {answers[0]['groundtruth']}")
+        for label, row in zip(results, answers):
+            print(f"  {label} ({'right' if row['correct'] else 'wrong'}): {row['output'].strip()}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 A piece is a section of evaluate.py or latro.py, the text between two header comments. It is executed here with nothing
 but the imports below: no `data`, no config, nothing of the other sections.
 """
+import functools
 import inspect
 import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import pytest
 import torch
@@ -31,7 +33,8 @@ IMPORTS = {
                  "field": field, "torch": torch, "nn": nn, "pad_sequence": pad_sequence, "Cache": Cache,
                  "DynamicLayer": DynamicLayer},
     "truncate": {"Callable": Callable, "Collection": Collection, "Sequence": Sequence, "bisect_left": bisect_left},
-    "score": {"math": math, "Callable": Callable, "dataclass": dataclass, "torch": torch, "nn": nn,
+    "score": {"math": math, "functools": functools, "inspect": inspect, "accumulate": accumulate, "chain": chain,
+              "Callable": Callable, "dataclass": dataclass, "torch": torch, "nn": nn,
               "cross_entropy": cross_entropy, "scaled_dot_product_attention": scaled_dot_product_attention,
               "pad_sequence": pad_sequence, "checkpoint": checkpoint, "AttentionInterface": AttentionInterface,
               "AttentionMaskInterface": AttentionMaskInterface, "sdpa_mask": sdpa_mask,
