@@ -307,11 +307,12 @@ def end_of_turn_id(tokenizer):
     return ends[0]
 
 
-def make_examples(tokenizer, rows, context=None):
+def make_examples(tokenizer, rows, context=None, gold=False):
     """Tokenise rows.
 
-    `context` is how many tokens x⊕y may have: the model's context less the rationale's length.
-    UserError where a prompt has more or none, or where the chat template refuses it.
+    `context` is how many tokens x⊕y may have: the model's context less the rationale's length; or
+    x⊕z⊕y, where z is the gold rationale. UserError where a row has more or an empty prompt, or
+    where the chat template refuses it.
     """
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -341,8 +342,9 @@ def make_examples(tokenizer, rows, context=None):
             prompt = bos + prompt
         require(prompt, f"queries: {query!r:.80} has no tokens")
         answers = tuple(ids + end for ids in answers)
-        longest = len(prompt) + max(map(len, answers))
-        wrong = f"{query!r:.40} and its answer take {longest} tokens, the context leaves {context}"
+        longest = len(prompt + rationale * gold) + max(map(len, answers))
+        what = "its rationale and its answer" if gold else "and its answer"
+        wrong = f"{query!r:.40} {what} take {longest} tokens, the context leaves {context}"
         require(context is None or longest <= context, wrong)
         examples.append(Example(row, prompt, answers, rationale))
     return examples

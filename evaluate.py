@@ -1039,11 +1039,12 @@ def main(argv: list[str], run=None) -> None:
         del model
     if rank() == 0:
         # before anything is printed: the pipe may be closed
-        for label, result in results.items():
-            text = json.dumps(result, indent=1, ensure_ascii=False)
-            Path(out.replace("{}", label)).write_text(text, "utf-8")
+        files = {label: Path(out.replace("{}", label)) for label in results}
+        for label, file in files.items():
+            text = json.dumps(results[label], indent=1, ensure_ascii=False)
+            file.write_text(text, "utf-8")
         print_results(results)
-        print(f"every row: {out}")
+        print("\nevery row:", *files.values())
 
 
 def check_rows(rows, grader):
