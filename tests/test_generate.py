@@ -183,7 +183,7 @@ def test_the_host_reads_once_a_step(tiny, cups, monkeypatch, temperature):
     with Looks() as looks:
         generate(tiny[0], [e.prompt for e in cups], 16, num_samples=2, temperature=temperature, uniforms=noise,
                  stop=lambda ids: ids[-1] == 2, batch_size=7)
-    assert looks.count == 0 and lists == [(rows, 2) for rows in calls.steps]
+    assert looks.count == 0 and lists == [(12, 16)] + [(rows, 2) for rows in calls.steps]  # the noise, then the steps
 
 
 def test_samples_follow_the_distribution(tiny, cups):
