@@ -609,13 +609,14 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
     return Rollout(example.prompt, ids[:n], actions, answer, finished, fits)
 
 
-# the figures of an evaluation, as the table calls them; the first three are rates
+# the figures of an evaluation, and what the table calls them
 LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k", "finished": "rationales finished",
           "rationale_length": "rationale length, tokens", "answer_logprob": "log π(y|x⊕z)",
           "answer_logprob_no_rationale": "log π(y|x), no rationale"}
 
 
-def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int, title: str) -> dict:
+def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int,
+             title: str) -> dict:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the
     gold answers, by the settings s (a Common).
 
@@ -637,7 +638,8 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     def outputs(k, temperature=0.0, noise=None):
         """k graded outputs of each of this rank's examples."""
         sampled = generate(model, [e.prompt for e in mine], length, num_samples=k, stop=stop,
-                           temperature=temperature, uniforms=noise, batch_size=s.per_device_eval_batch_size)
+                           temperature=temperature, uniforms=noise,
+                           batch_size=s.per_device_eval_batch_size)
         rollouts = [cut_rollout(mine[i // k], ids, stop_ids, s.stop_seqs, decode)
                     for i, (ids, _) in enumerate(sampled)]
         graded = []
@@ -645,9 +647,9 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
             ids, _ = sampled[i]
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
             prediction, correct = grade(grader, output, mine[i // k].row)
-            graded.append({"output": output, "prediction": prediction, "correct": correct,
-                           "finished": r.finished, "rationale_length": len(r.rationale),
-                           "answer_logprob": logprob})
+            graded.append(dict(
+                output=output, prediction=prediction, correct=correct, finished=r.finished,
+                rationale_length=len(r.rationale), answer_logprob=logprob))
         return [graded[i * k:i * k + k] for i in range(len(mine))]
 
     keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
@@ -656,16 +658,15 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     bare = answer_logprobs(scorer, bare)
     rows = []
     for e, [row], samples, logprob in zip(mine, outputs(1), sampled, bare):
-        rows.append({"query": prompt_text(tokenizer, e.row["queries"]),
-                     "groundtruth": e.row["groundtruth"], **row,
-                     "answer_logprob": mean(x["answer_logprob"] for x in samples or [row]),
-                     "answer_logprob_no_rationale": logprob,
-                     "majority": majority(samples), "samples": samples})
+        row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
+        query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"]
+        rows.append(dict(query=query, groundtruth=truth, **row, answer_logprob_no_rationale=logprob,
+                         majority=majority(samples), samples=samples))
     bar.close()
     rows = gather(rows)
     result = {"n": len(rows), "num_samples": num_samples}
     columns = {"accuracy": "correct", "maj_at_k": "majority"}
-    for name in LABELS if num_samples else LABELS.keys() - {"maj_at_k"}:
+    for name in [name for name in LABELS if num_samples or name != "maj_at_k"]:
         values = [row[columns.get(name, name)] for row in rows]
         result[name] = mean(values)
         if isinstance(values[0], bool):
@@ -680,7 +681,7 @@ def answer_logprobs(scorer, rollouts, size=16):
     return [logprob for part in parts for logprob in score(scorer, part)[:, 1].tolist()]
 
 
-def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
+def stop_token_ids(tokenizer, model, stop_token):
     """Ids that end generation: `stop_token` (eos, pad or both), the end of the turn, and the EOS
     ids of the model's own generation_config."""
     own = model.generation_config.eos_token_id
@@ -690,21 +691,20 @@ def stop_token_ids(tokenizer, model, stop_token: str) -> set[int]:
     return {end_of_turn_id(tokenizer), *own, *asked} - {None}
 
 
-def uniform_rows(keys, length: int) -> torch.Tensor:
+def uniform_rows(keys, length):
     """(rows, length) uniform numbers in [0, 1), float64; each row a pure function of its key."""
     rows = [[rng.random() for _ in range(length)] for rng in map(random.Random, keys)]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), length)
 
 
-def interval95(rate: float, n: int) -> list[float]:
+def interval95(rate, n):
     """Wilson's 95% score interval of a rate measured on n rows."""
-    z = 1.959964
-    centre, scale = rate + z * z / (2 * n), 1 + z * z / n
-    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    w = 1.959964 ** 2 / n
+    half = (w * rate * (1 - rate) + w * w / 4) ** 0.5
+    return [max(0.0, (rate + w / 2 - half) / (1 + w)), min(1.0, (rate + w / 2 + half) / (1 + w))]
 
 
-def majority(samples: list[dict]) -> bool:
+def majority(samples):
     """Whether the most frequent prediction is right; of equally frequent ones the first counts."""
     votes = [s["prediction"] for s in samples if s["prediction"] is not None]
     winner = max(votes, key=votes.count, default=None)
@@ -714,7 +714,7 @@ def majority(samples: list[dict]) -> bool:
 # ---------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name, device):
     """The compute dtype: what is asked for; "auto" is bfloat16 on a GPU or a CPU that has it
     natively, else float32."""
     # torch 2.11 has no get_capabilities
@@ -741,8 +741,8 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 attn_implementation=own, **trust)
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            require(not missing, f"the weights lack {missing}")
+            missing = sorted(info["missing_keys"])
+            require(not missing, f"the weights lack {missing[:3]}")
         # special tokens may lie outside the embedding, as the image token of Gemma 3's text models
         ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
         held = model.get_input_embeddings().num_embeddings
@@ -757,7 +757,7 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
 
 
 @torch.no_grad()
-def choose_attention(model, packed: bool) -> None:
+def choose_attention(model, packed):
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
     else keep the model's own attention and score a rollout per row. UserError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
@@ -766,8 +766,8 @@ def choose_attention(model, packed: bool) -> None:
             "the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
     vocabulary = range(model.get_input_embeddings().num_embeddings)
-    x, longer, *rest = (rng.choices(vocabulary, k=n) for n in (5, 9, 3, 4, 4, 3))
-    rollouts = [Rollout(prompt, z, z, z[1:]) for prompt, z in zip((x, x, longer, longer), rest)]
+    prompts = [rng.choices(vocabulary, k=n) for n in (5, 9)]
+    rollouts = [Rollout(x, z, z, x[3:]) for x in prompts for z in (x[:3], x[1:])]
 
     def plain(prompt, ids):
         """log π(ids|prompt) by the model's own forward pass."""
@@ -782,9 +782,9 @@ def choose_attention(model, packed: bool) -> None:
         try:
             model.set_attn_implementation(attention)
             scores = score(Scorer(model), rollouts).sum(1).tolist()
-            sampled = generate(model, [x, longer], 4, num_samples=2, temperature=1.0,
+            sampled = generate(model, prompts, 4, num_samples=2, temperature=1.0,
                                uniforms=uniform_rows("abcd", 4), batch_size=3)
-            found = [("score", ours, its) for ours, its in zip(scores, expected)]
+            found = [("score", *both) for both in zip(scores, expected)]
             found += [("generate", sum(logprobs), plain(r.prompt, ids))
                       for r, (ids, logprobs) in zip(rollouts, sampled)]
             for verb, ours, its in found:
@@ -843,7 +843,7 @@ def init_distributed() -> torch.device:
     return device
 
 
-def run_script(main: Callable) -> None:
+def run_script(main):
     """Run a script's main: bad input ends in one line and exit code 2."""
     # a screen may have no π
     sys.stdout.reconfigure(errors="replace")
@@ -915,7 +915,7 @@ class Common:
 
 @dataclass
 class Settings(Common):
-    # folder or hub id; default: the newest run under runs/, its base beside its best
+    # folder, hub id or run (its base beside its best); default: the newest run under runs/
     model: str | None = None
     # train, validation, test or all; default: test, all of a single file
     split: str | None = None
@@ -925,7 +925,7 @@ class Settings(Common):
     out: str | None = None
 
 
-def parse(cls, argv: list[str]) -> dict:
+def parse(cls, argv):
     """The keys of a command line, --key value or --key=value; a list takes all words up to the next
     key. --help prints the module's docstring and every key of the dataclass cls."""
     if "--help" in argv:
@@ -949,14 +949,13 @@ def parse(cls, argv: list[str]) -> dict:
     return given
 
 
-def settle(cls, given: dict):
+def settle(cls, given):
     """Settings of the dataclass cls: its defaults < the given ones. UserError names an unknown key
     and the nearest known one, or the key whose value has the wrong type."""
     kinds, values = get_type_hints(cls), {}
     for name, value in given.items():
         near = difflib.get_close_matches(str(name), kinds, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all"
-        require(name in kinds, f"{name}: unknown key; {hint}")
+        require(name in kinds, f"{name}: unknown key; did you mean {[*near, '--help'][0]}?")
         try:
             values[name] = convert(kinds[name], value)
         except ValueError:
@@ -977,7 +976,7 @@ def convert(kind, value):
     return ["false", "true"].index(word.lower()) == 1 if kind is bool else kind(word)
 
 
-def read_yaml(path) -> dict:
+def read_yaml(path):
     """The keys of a YAML file; UserError where it holds anything else."""
     try:
         return dict(yaml.safe_load(Path(path).read_text("utf-8")) or {})
@@ -1002,33 +1001,33 @@ def newest_run():
     return max(runs, key=lambda run: os.path.getmtime(f"{run}/config.yaml"))
 
 
-def main(argv: list[str], run=None) -> None:
-    """Evaluate --model, or the base beside the best model of a run (default: the newest) on the same
-    rows. The settings of the run count where the command line says nothing. Writes each one's JSON
-    and prints the table."""
+def main(argv):
+    """Evaluate --model: one model, or the base beside the best model of a run (default: the newest),
+    on the same rows, by the run's settings where the command line says nothing. Writes each one's
+    JSON and prints the table."""
     device, given, config = init_distributed(), parse(Settings, argv), {}
-    path = given.get("model")
-    require(not is_run(path), f"model {path}: a run, not a model; give {path}/best")
-    run = Path(path).parent if path else run or newest_run()
+    path = given.get("model") or newest_run()
+    run = path if is_run(path) else Path(path).parent
     if is_run(run):
         config = read_yaml(f"{run}/config.yaml")
         say(f"settings: those of {run}, but for the command line's")
-    keys = get_type_hints(Common).keys() - {"seed"}
+    models = {Path(path).name: path}
+    if path == run:
+        models = {"base": config["model_name_or_path"], "best": f"{run}/best"}
+    keys = get_type_hints(Common).keys() & config.keys()
     if given.get("dataset_name") not in (None, config.get("dataset_name")):
         # they are of the run's own dataset
         keys -= {"dataset_path", "grader", "limit"}
-    s = settle(Settings, {k: v for k, v in config.items() if k in keys} | given)
+    s = settle(Settings, {key: config[key] for key in keys} | given)
     # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
     part = [str(given[k]) for k in ("dataset_name", "split", "few_shot", "limit") if k in given]
     out = s.out or f"{run if config else '.'}/{'-'.join(['evaluation', '{}', *part])}.json"
-    require(path or not s.out, f"out {out}: needs --model")
-    require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in a folder that exists")
-    whole = path and isfile(s.dataset_path or "")
-    split = s.split or ("all" if whole else closing_split(s.dataset_path))
+    require(path != run or not s.out, f"out {out}: is one file; needs --model, and not a run")
+    require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in an existing folder")
+    split = s.split or closing_split(s.dataset_path, "validation" if path == run else "all")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader = choose_grader(s.grader, s.dataset_name, rows)
     check_rows(rows, grader)
-    models = {Path(path).name: path} if path else {"base": config["model_name_or_path"], "best": f"{run}/best"}
     results, dtype = {}, resolve_dtype(s.dtype, device)
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
@@ -1039,7 +1038,7 @@ def main(argv: list[str], run=None) -> None:
         del model
     if rank() == 0:
         # before anything is printed: the pipe may be closed
-        files = {label: Path(out.replace("{}", label)) for label in results}
+        files = {label: Path(out.replace("{}", label)) for label in models}
         for label, file in files.items():
             text = json.dumps(results[label], indent=1, ensure_ascii=False)
             file.write_text(text, "utf-8")
@@ -1055,9 +1054,9 @@ def check_rows(rows, grader):
             f"first is {row['responses']!r}, groundtruth {row['groundtruth']!r}")
 
 
-def closing_split(dataset_path):
-    """What a run's closing table is made of: a single file has no test rows."""
-    return "validation" if isfile(dataset_path or "") else "test"
+def closing_split(dataset_path, file="validation"):
+    """What a table is made of: a single file has no test rows."""
+    return file if isfile(dataset_path or "") else "test"
 
 
 def context_left(model, response_length):
