@@ -17,27 +17,25 @@ trained, stopping is an action with a probability, and z is scored as the ids th
 temperature that it was sampled at.
 """
 import copy
-import dataclasses
 import fcntl
 import functools
 import gc
-import glob
 import importlib.util
 import json
 import math
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from os.path import basename, dirname, exists, getsize
+from os.path import basename, dirname, exists, getsize, samefile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -46,7 +44,6 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -57,10 +54,11 @@ from tqdm import tqdm
 
 from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
                   load_rows, make_examples, read_jsonl, require)
+from evaluate import main as evaluate_main
 from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, context_left, cut_rollout,
-                      evaluate, first_line, gather, generate, init_distributed, judge, load_model,
-                      on_rank_0, parse, rank, read_yaml, resolve_dtype, run_script, say, score, settle,
-                      stop_token_ids, stopper, uniform_rows, world_size)
+                      evaluate, gather, generate, init_distributed, load_model, on_rank_0, parse, rank,
+                      read_yaml, resolve_dtype, run_script, say, score, settle, stop_token_ids,
+                      stopper, uniform_rows, world_size)
 
 HERE = dirname(os.path.abspath(__file__))
 # in whatever output_dir
@@ -225,62 +223,55 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     optimizer.zero_grad()
     numbers = [*losses.tolist(), norm.item(), 1 - finite.item()]
     clock.append(time.perf_counter())
+    if not reference:
+        # not measured
+        ref_logprobs *= math.nan
     figures = describe_rollouts(rollouts, logprobs, ref_logprobs)
     figures |= {"reward": rewards, "advantage": advantages}
-    if not reference:
-        # not 0: not measured
-        figures["kl"] *= math.nan
-    row = {name: figures[name].mean().item() for name in LOGGED}
-    row |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
-    row |= zip(("generate_s", "score_s", "train_s"),
-               (b - a for a, b in zip(clock, clock[1:])))
     scorers = [policy, reference] if reference else [policy]
-    return rollouts, figures, reduce_metrics(row, rollouts, scorers, device)
+    row = reduce_metrics(figures, numbers, clock, rollouts, scorers, device)
+    return rollouts, figures, row
 
 
-LOGGED = ("reward", "answer_logprob", "kl", "sampling_gap", "finished", "stop_in_answer",
-          "rationale_length")
-
-
-def describe_rollouts(rollouts: list[Rollout], logprobs, ref_logprobs) -> dict[str, torch.Tensor]:
+def describe_rollouts(rollouts, logprobs, ref_logprobs) -> dict[str, torch.Tensor]:
     """Figures of each rollout, (n,)."""
     z, y = logprobs.T
     sampled, finished, fits, length = z.new_tensor([
-        (r.sampler_logprob, r.finished, r.stop_in_answer, len(r.rationale)) for r in rollouts]).T
-    return {"answer_logprob": y, "rationale_logprob": z, "ref_rationale_logprob": ref_logprobs,
-            "kl": z - ref_logprobs, "sampling_gap": (z - sampled).abs(), "finished": finished,
+        (r.sampler_logprob, r.finished, r.stop_in_answer, len(r.rationale))
+        for r in rollouts]).T
+    return {"answer_logprob": y, "rationale_logprob": z,
+            "ref_rationale_logprob": ref_logprobs, "kl": z - ref_logprobs,
+            "sampling_gap": (z - sampled).abs(), "finished": finished,
             "stop_in_answer": fits, "rationale_length": length}
 
 
-def reduce_metrics(row: dict, rollouts: list[Rollout], scorers, device) -> dict[str, float]:
-    """A step's row of metrics, means over the ranks: all have as many rollouts, so means of means
-    are exact."""
+def reduce_metrics(figures, numbers, clock, rollouts, scorers,
+                   device) -> dict[str, float]:
+    """A step's row of metrics, means over the ranks: all have as many
+    rollouts, so means of means are exact."""
+    logged = ("reward", "answer_logprob", "kl", "sampling_gap", "finished",
+              "stop_in_answer", "rationale_length")
+    row = {name: figures[name].mean().item() for name in logged}
+    row |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
+    times = [end - begin for begin, end in zip(clock, clock[1:])]
+    row |= zip(("generate_s", "score_s", "train_s"), times)
+    row["step_s"] = sum(times)
     row["tokens"] = sum(len(r.ids) for r in rollouts)
     row["positions"] = sum(scorer.positions for scorer in scorers)
     for scorer in scorers:
         scorer.positions = 0
-    total = torch.tensor([*row.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    row = dict(zip(row, (total / world_size()).tolist()))
-    tokens, positions = row.pop("tokens"), row.pop("positions")
-    row["step_s"] = row["generate_s"] + row["score_s"] + row["train_s"]
+    means = torch.tensor([*row.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(means)
+    row = dict(zip(row, (means / world_size()).tolist()))
+    tokens = row.pop("tokens")
     row["tokens_per_s"] = tokens * world_size() / row["step_s"]
-    row["work_ratio"] = positions / (tokens * len(scorers))
+    row["work_ratio"] = row.pop("positions") / (tokens * len(scorers))
     return row
 
 
 # ---------------------------------------------------------------------------
 # The models: what learns, the frozen start, what is sampled from
 # ---------------------------------------------------------------------------
-def make_mesh(config, device):
-    """All ranks in one row, or, with shard_size, copies of the shards over rows of that many ranks
-    (HSDP)."""
-    ranks, size = world_size(), config.shard_size or world_size()
-    if size == ranks:
-        return init_device_mesh(device.type, (ranks,))
-    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copy", "shard"))
-
-
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList))
 
@@ -305,30 +296,31 @@ def shard(model: nn.Module, held: torch.dtype, compute: torch.dtype, mesh) -> Sc
     if world_size() == 1 and held == compute:
         return cast(scorer, held)
     sums = torch.promote_types(compute, torch.float32)
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(
-        compute, sums, cast_forward_inputs=False)}
-    for layer in decoder_layers(model):
-        fully_shard(cast(layer, held), **options)
-    return fully_shard(cast(scorer, held), **options)
+    policy = MixedPrecisionPolicy(compute, sums, cast_forward_inputs=False)
+    for part in [*decoder_layers(model), scorer]:
+        fully_shard(cast(part, held), mesh=mesh, mp_policy=policy)
+    return scorer
 
 
 def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn.Module]:
     """(policy, reference, sampler) of a starting model, whole and in its own dtype: what learns, in
     float32; the frozen start, where the objective asks for it; the plain weights, `model` itself,
     that are sampled from. One process in one dtype learns the sampler's own weights."""
-    compute, mesh = resolve_dtype(config.dtype, device), make_mesh(config, device)
+    ranks, size = world_size(), config.shard_size or world_size()
+    # all ranks in one row, or copies of the shards over rows of shard_size ranks (HSDP)
+    shape = (ranks,) if size == ranks else (ranks // size, size)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
+    compute = resolve_dtype(config.dtype, device)
     held = torch.promote_types(compute, torch.float32)
-    learner, reference = model, None
-    if world_size() > 1 or held != compute:
-        learner = copy.deepcopy(model)
+    shared = ranks == 1 and held == compute
+    learner, reference = model if shared else copy.deepcopy(model), None
     sampler = cast(model, compute)
     if config.needs_reference:
         frozen = copy.deepcopy(sampler).requires_grad_(False)
         reference = shard(frozen, compute, compute, mesh)
     # transformers' own switch needs training mode: dropout
-    if config.gradient_checkpointing:
-        for layer in decoder_layers(learner):
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in decoder_layers(learner) if config.gradient_checkpointing else []:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = shard(learner, held, compute, mesh)
     refresh(sampler, policy)
     return policy, reference, sampler
@@ -408,43 +400,43 @@ class Config(Common):
     def __post_init__(self):
         super().__post_init__()
         self.limit = 4 if self.sanity_check else self.limit
-        k, sequences = self.rloo_k, self.sequences
+        k, sequences, name = self.rloo_k, self.sequences, self.run_name
         require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
-        require(self.checkpoint_path != "latest" or self.run_name,
-                "checkpoint_path: latest needs run_name, the run to continue")
+        require("/" not in (name or ""), f"run_name {name}: is a path; output_dir says where")
+        require(name or self.checkpoint_path != "latest", "checkpoint_path: latest needs run_name")
         if self.objective == "latro":
             require(k > 1, "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
             require(sequences % k == 0, f"rloo_k: {k} does not divide per_device_train_batch_size * "
                                         f"gradient_accumulation_steps = {sequences}")
 
     @property
-    # per step and rank
     def sequences(self) -> int:
+        """Per step and rank."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
-    # per step and rank
     def prompts(self) -> int:
+        """Per step and rank."""
         return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
 
     @property
     def needs_reference(self) -> bool:
         return self.objective == "latro" and self.kl_coef > 0
 
-    def total_steps(self, count: int, ranks: int, step=0, consumed=0) -> int:
+    def total_steps(self, count: int, per_step: int, step=0, consumed=0) -> int:
         """Updates of a run over `count` prompts, after `step` of them with `consumed` prompts."""
         left = round(self.num_train_epochs * count) - consumed
-        return max(step, self.max_steps or step + math.ceil(left / self.prompts / ranks), 1)
+        return max(step, self.max_steps or step + math.ceil(left / per_step), 1)
 
 
 def load_config(argv: list[str]) -> Config:
     """The settings of a command line; --config names a YAML file as given, or one in configs/."""
-    given = parse(Config, argv, __doc__)
+    given = parse(Config, argv)
     own = {"model_name_or_path", "dataset_name"} & given.keys()
     path = given.pop("config", None if own else "tiny.yaml")
     if path and not exists(path):
         path = f"{HERE}/configs/{path}"
-    return settle(Config, read_yaml(path) if path else {}, given)
+    return settle(Config, (read_yaml(path) if path else {}) | given)
 
 
 # ---------------------------------------------------------------------------
@@ -454,160 +446,138 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 @contextmanager
-def published(folder: str):
-    """A folder to write into, on all ranks, that is renamed to `folder` once it is whole."""
-    partial, old = f"{folder}.partial", f"{folder}.old"
+def published(folder):
+    """A folder to write into, on all ranks, that takes the name `folder` once it is whole."""
+    partial = f"{folder}.partial"
     on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
     try:
         yield partial
-    # a full disk: OSError, the safetensors library's own, or DCP's, which is no Exception
-    except (Exception, CheckpointException) as error:
+    except (Exception, dcp.CheckpointException) as error:
+        # a full disk: OSError, the safetensors library's own, or DCP's, which is no Exception
         on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise UserError(f"{folder}: cannot be written; disk full? ({last_line(error)})") from None
 
     def rename():
-        if exists(folder):
-            os.rename(folder, old)
+        shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
     on_rank_0(rename)
 
 
-def last_line(error) -> str:
+def last_line(error):
     return str(error).strip().rpartition("\n")[2]
 
 
-def export(folder: str, policy: Scorer, sampler, tokenizer, dtype) -> None:
-    """Write the trained weights in `dtype` as a Hugging Face folder."""
-    buffers = dict(sampler.named_buffers())
-    weights = {name: x.cpu() for name, x in sampler.state_dict().items() if name in buffers}
-    for name, parameter in policy.model.named_parameters():
-        # collective: every rank takes part
-        weight = full(parameter.detach())
-        if rank() == 0:
-            weights[name] = weight.to("cpu", dtype, copy=True)
+def export(folder, sampler, tokenizer):
+    """Write what is sampled from, in its dtype, as a Hugging Face folder."""
     with published(folder) as partial:
-        def write():
-            sampler.save_pretrained(partial, state_dict=weights)
-            # save_pretrained wrote the sampler's own
-            sampler.config.dtype = dtype
-            sampler.config.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-
-        on_rank_0(write)
+        on_rank_0(lambda: [part.save_pretrained(partial) for part in (sampler, tokenizer)])
 
 
-def save_checkpoint(directory: str, policy: Scorer, optimizer, state: dict, keep: int) -> None:
+def save_checkpoint(directory, policy, optimizer, state, keep):
     """All that continuing needs, as checkpoints/step-N of the run directory, by DCP. state.json has
     the sizes of its files, which tell one that is cut short later, and of the run's logs."""
+    def finish():
+        sizes = {name: getsize(f"{partial}/{name}") for name in os.listdir(partial)}
+        logs = {name: getsize(f"{directory}/{name}") for name in LOGS}
+        text = json.dumps(vars(state) | {"sizes": sizes, "logs": logs})
+        Path(f"{partial}/state.json").write_text(text, "utf-8")
+
     weights, moments = get_state_dict(policy, optimizer)
-    with published(f"{directory}/checkpoints/step-{state['step']}") as partial:
+    with published(f"{directory}/checkpoints/step-{state.step}") as partial:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-
-        def finish():
-            sizes = {name: getsize(f"{partial}/{name}") for name in os.listdir(partial)}
-            logs = {name: getsize(f"{directory}/{name}") for name in LOGS}
-            text = json.dumps(state | {"sizes": sizes, "logs": logs})
-            Path(f"{partial}/state.json").write_text(text, "utf-8")
-
         on_rank_0(finish)
-    on_rank_0(lambda: [shutil.rmtree(old) for old in checkpoints(directory)[keep:]])
+    on_rank_0(lambda: [shutil.rmtree(path) for path in checkpoints(directory)[keep:]])
 
 
-def checkpoints(directory: str) -> list[str]:
+def checkpoints(directory) -> list[str]:
     """The checkpoints/step-N folders of a run, the newest first."""
-    paths = glob.glob(f"{glob.escape(directory)}/checkpoints/step-*")
-    steps = [int(path.rpartition("-")[2]) for path in paths if re.search(r"step-\d+$", path)]
-    return [f"{directory}/checkpoints/step-{step}" for step in sorted(steps, reverse=True)]
+    folder = Path(directory, "checkpoints")
+    steps = [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return [f"{folder}/step-{step}" for step in sorted(steps, reverse=True)]
 
 
-def find_checkpoint(directory: str, chosen: str | None) -> tuple[str | None, dict]:
-    """(path, state) of the checkpoint to continue from: the chosen one, or the latest; (None, the
-    state of an untrained model) to start afresh."""
+def find_checkpoint(directory, chosen):
+    """(path, state) of the checkpoint that a run continues from: the chosen one, or the latest;
+    (None, the state of an untrained model) where it starts afresh."""
     for path in checkpoints(directory) if chosen == "latest" else [chosen] if chosen else []:
-        try:
+        # it may be missing, or cut short
+        with suppress(OSError, ValueError, KeyError):
             state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
-            if all(getsize(f"{path}/{name}") == n for name, n in state["sizes"].items()):
-                return path, state
-        # missing, or cut short
-        except (OSError, ValueError, KeyError):
-            pass
+            sizes = state.pop("sizes")
+            if all(getsize(f"{path}/{name}") == sizes[name] for name in sizes):
+                break
         require(chosen == "latest", f"checkpoint_path {path}: no whole checkpoint; give a "
                                     "checkpoints/step-N folder or latest")
         say(f"warning: {path} is damaged and skipped")
-    logs = dict.fromkeys(LOGS, 0)
-    return None, {"step": 0, "consumed": 0, "best": 0.0, "skipped_in_a_row": 0, "logs": logs}
+    else:
+        path, logs = None, dict.fromkeys(LOGS, 0)
+        state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, logs=logs)
+    if not exists(f"{directory}/best"):
+        # it was that of another run
+        state["best"] = 0.0
+    return path, SimpleNamespace(**state)
 
 
-def load_checkpoint(path: str, policy: Scorer, optimizer) -> None:
+def load_checkpoint(path, policy, optimizer):
     weights, moments = get_state_dict(policy, optimizer)
     # what has no gradient has no moments
     partly = dcp.DefaultLoadPlanner(allow_partial_load=True)
     try:
         dcp.load({"model": weights}, checkpoint_id=path)
         dcp.load({"optimizer": moments}, checkpoint_id=path, planner=partly)
-    # the latter is none of the former
-    except (Exception, CheckpointException) as error:
+    except (Exception, dcp.CheckpointException) as error:
         raise UserError(f"checkpoint_path {path}: does not fit the model ({last_line(error)})") from None
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
-def rewind(directory: str, state: dict) -> None:
-    """Take a run's files back to a checkpoint: what came later goes, its end too."""
-    later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state["step"]]
+def begin(directory, config, state):
+    """Write config.yaml: every key as used, as a comment what ran it; it can be given back to
+    --config. Take the other files back to a checkpoint's state: what came later goes, the end too."""
+    git = f"git -C {shlex.quote(HERE)} describe --always --dirty"
+    failed, commit = subprocess.getstatusoutput(git)
+    ran = (f"# torch {torch.__version__}, transformers {transformers.__version__}, {world_size()} ranks, "
+           f"commit {'unknown' if failed else commit}\n")
+    keys = yaml.safe_dump(vars(config), sort_keys=False, allow_unicode=True)
+    Path(f"{directory}/config.yaml").write_text(ran + keys, "utf-8")
+    later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state.step]
     for path in [*later, f"{directory}/final"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name, size in state["logs"].items():
+    for name, size in state.logs.items():
         with open(f"{directory}/{name}", "ab") as file:
             file.truncate(min(size, file.tell()))
 
 
-def write_config(path: str, config: Config) -> None:
-    """Every key as used; as a comment, what ran it. It can be given back to --config."""
-    git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
-    ran = [f"torch {torch.__version__}", f"transformers {transformers.__version__}",
-           f"{world_size()} ranks", f"commit {commit.strip() or 'unknown'}"]
-    keys = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(f"# {', '.join(ran)}\n{keys}", "utf-8")
-
-
-def append(path: str, rows: list[dict]) -> None:
+def append(path, rows):
     """Append rows to a JSONL file; a number that is not finite is null, as JSON has it."""
     with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
         for row in rows:
-            odd = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-            file.write(json.dumps(row | dict.fromkeys(odd), ensure_ascii=False) + "\n")
+            row = json.loads(json.dumps(row), parse_constant=lambda number: None)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def sample_rows(step: int, rollouts: list[Rollout], figures: dict, decode) -> list[dict]:
-    names = ("answer_logprob", "rationale_logprob", "ref_rationale_logprob", "reward", "advantage")
+def sample_rows(step, rollouts, figures, decode):
     return [{"step": step, "query": decode(r.prompt), "rationale": decode(r.rationale),
              "response": decode(r.answer), "ids": r.ids, "z_start": len(r.prompt),
              "y_start": len(r.prompt + r.rationale), "actions": r.actions,
-             "finished": r.finished} | {name: figures[name][i].item() for name in names}
+             **{name: figures[name][i].item() for name in figures}}
             for i, r in enumerate(rollouts)]
 
 
-def draw_curves(directory: str) -> None:
-    """curves.png from metrics.jsonl: reward, accuracy, rationale length and KL against the step."""
+def draw_curves(directory):
+    """curves.png from metrics.jsonl: reward, accuracy, KL and rationale length against the step."""
     # without pyplot, which would look for a screen
     from matplotlib.figure import Figure
     rows = read_jsonl(f"{directory}/metrics.jsonl")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    titles = {"reward": "reward per rollout", "accuracy": "greedy accuracy, validation",
-              "rationale_length": "rationale length, tokens", "kl": "KL to the starting point, nats"}
-    axes = dict(zip(titles, figure.subplots(2, 2, sharex=True).flat))
-    for name, axis in axes.items():
+    names = "reward", "accuracy", "kl", "rationale_length"
+    for name, axis in zip(names, figure.subplots(2, 2, sharex=True).flat):
         for style, label in (("-", "rollouts"), ("o-", "greedy, validation")):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None
-                      and ("split" in row) == (label != "rollouts")]
-            axis.plot(*zip(*points) if points else ([], []), style, markersize=4, label=label)
-        axis.set_title(titles[name], fontsize=10)
+            some = [row for row in rows if name in row and ("split" in row) == (style == "o-")]
+            axis.plot([row["step"] for row in some], [row[name] for row in some], style, label=label)
+        axis.set_title(name)
         axis.grid(alpha=0.3)
-    axes["accuracy"].set_ylim(-0.02, 1.02)
-    axes["rationale_length"].legend(fontsize=8)
+    axis.legend()
     figure.supxlabel("step")
     figure.suptitle(basename(directory))
     figure.savefig(f"{directory}/curves.png", dpi=130)
@@ -618,143 +588,125 @@ def draw_curves(directory: str) -> None:
 # ---------------------------------------------------------------------------
 def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
     """The next n of `count` prompts after `consumed` ones: each prompt once per epoch."""
-    positions = range(consumed, consumed + n)
-    orders = {epoch: random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
-              for epoch in {i // count for i in positions}}
-    return [orders[i // count][i % count] for i in positions]
+    @functools.cache
+    def order(epoch):
+        return random.Random(f"{seed}/epoch/{epoch}").sample(range(count), count)
+
+    return [order(i // count)[i % count] for i in range(consumed, consumed + n)]
 
 
-def load_examples(config: Config, model, tokenizer) -> tuple[dict[str, list[Example]], str]:
+def load_examples(config, model, tokenizer):
     """The tokenised rows of every split that the run will see, and the grader: what is wrong with
     data is wrong here."""
-    splits = {"train": "train", "validation": "validation", "closing": closing_split(config.dataset_path)}
-    rows = {k: load_rows(config.dataset_name, v, config.dataset_path) for k, v in splits.items()}
-    grader = choose_grader(config.grader, config.dataset_name, sum(rows.values(), []))
-    check_rows(rows["validation"] + rows["closing"], grader)
-    limits = {"train": 16 if config.sanity_check else None}
-    room, whole = (context_left(model, n) for n in (config.response_length, 0))
-    examples = {k: make_examples(tokenizer, v[:limits.get(k, config.limit)], room)
-                for k, v in rows.items()}
-    if config.objective == "sft" and whole:
-        longest = max(len(e.prompt + e.rationale + e.answers[0]) for e in examples["train"])
-        require(longest <= whole, f"a prompt, its rationale and its answer take {longest} tokens, and "
-                                  f"the model's context has {whole}; shorten the longest rationales")
-    return examples, grader
+    name, path, length = config.dataset_name, config.dataset_path, config.response_length
+    splits = "train", "validation", closing_split(path)
+    train, validation, closing = (load_rows(name, split, path) for split in splits)
+    grader = choose_grader(config.grader, name, train + validation + closing)
+    check_rows(validation + closing, grader)
+    # SFT pushes gold rationales through the model, and samples in evaluations only
+    gold = config.objective == "sft"
+    room = context_left(model, 0 if gold else length)
+    train = make_examples(tokenizer, train[:16 if config.sanity_check else None], room, gold)
+    validation, closing = (make_examples(tokenizer, rows[:config.limit], context_left(model, length))
+                           for rows in (validation, closing))
+    return {"train": train, "validation": validation, "closing": closing}, grader
 
 
-def train(config: Config, directory: str, model, tokenizer, examples: dict[str, list[Example]],
-          grader: str, device) -> None:
-    """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory."""
-    dtype = model.dtype
+def train(config, directory, model, tokenizer, examples, device, path, state):
+    """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory,
+    from the checkpoint at `path`, if there is one, and its state on."""
+    prompts, count = examples["train"], len(examples["train"])
     policy, reference, sampler = set_out(model, config, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, weight_decay=0.0, fused=True)
-    path, state = on_rank_0(lambda: find_checkpoint(directory, config.checkpoint_path))
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     if path:
         load_checkpoint(path, policy, optimizer)
         refresh(sampler, policy)
-    if not on_rank_0(lambda: exists(f"{directory}/best")):
-        # it was that of another run
-        state["best"] = 0.0
-    on_rank_0(lambda: write_config(f"{directory}/config.yaml", config))
-    on_rank_0(lambda: rewind(directory, state))
-    count, per_step = len(examples["train"]), config.prompts * world_size()
-    total = config.total_steps(count, world_size(), state["step"], state["consumed"])
-    # prompts
-    planned = state["consumed"] + (total - state["step"]) * per_step
-    evaluate_at = {round(i * total / config.num_evaluations) for i in range(config.num_evaluations + 1)}
-    if state.get("due"):
-        # though another number of ranks moves the others
-        evaluate_at.add(state["step"])
+    on_rank_0(lambda: begin(directory, config, state))
     log = start_wandb(config, directory)
-    bar = tqdm(total=total, initial=state["step"], desc=config.objective, unit="step",
-               disable=rank() > 0)
-
-    def evaluate_now():
-        result = evaluate(config, sampler, tokenizer, examples["validation"], grader, 0,
-                          f"validation, step {state['step']}")
-        names = ("n", "accuracy", "answer_logprob", "rationale_length", "finished")
-        figures = {name: result[name] for name in names}
-        append(f"{directory}/metrics.jsonl", [{"step": state["step"], "split": "validation"} | figures])
-        log({"step": state["step"]} | {f"validation/{k}": v for k, v in figures.items()})
-        if rank() == 0:
-            tqdm.write(f"step {state['step']:>4}: validation accuracy {result['accuracy']:6.1%}, log "
-                       f"π(y|x⊕z) {result['answer_logprob']:.3f}, rationale length "
-                       f"{result['rationale_length']:.1f}")
-            draw_curves(directory)
-        # of equals the later
-        if state["step"] > 0 and result["accuracy"] >= state["best"]:
-            state["best"] = result["accuracy"]
-            export(f"{directory}/best", policy, sampler, tokenizer, dtype)
-
-    # received
-    signals: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))
+    per_step = config.prompts * world_size()
+    total = config.total_steps(count, per_step, state.step, state.consumed)
+    # prompts in all
+    planned = state.consumed + (total - state.step) * per_step
+    bar = tqdm(total=total, initial=state.step, desc=config.objective, unit="step", disable=rank() > 0)
+    received, stopped = [], False
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
                 for number in (signal.SIGTERM, signal.SIGINT)}
-    while True:
-        if state["step"] in evaluate_at:
-            evaluate_now()
-        if state["step"] >= total:
-            export(f"{directory}/final", policy, sampler, tokenizer, dtype)
-            # during the last evaluation
-            told_to_stop = any(gather(signals))
+    while not stopped:
+        # evaluate: as often as is due after so many prompts
+        made, due = (n * config.num_evaluations // planned for n in (state.evaluated, state.consumed))
+        if made < due:
+            result = evaluate(config, sampler, tokenizer, examples["validation"], config.grader, 0,
+                              f"validation, step {state.step}")
+            names = "n accuracy answer_logprob rationale_length finished".split()
+            row = {"step": state.step, "split": "validation"} | {name: result[name] for name in names}
+            append(f"{directory}/metrics.jsonl", [row])
+            log({"step": state.step} | {f"validation/{name}": row[name] for name in names})
+            if rank() == 0:
+                draw_curves(directory)
+                tqdm.write(f"step {state.step:>4}: validation accuracy {result['accuracy']:6.1%}")
+            state.evaluated = state.consumed
+            # of equals the later
+            if state.step > 0 and result["accuracy"] >= state.best:
+                state.best = result["accuracy"]
+                export(f"{directory}/best", sampler, tokenizer)
+        if state.step >= total:
+            export(f"{directory}/final", sampler, tokenizer)
             break
-        learning_rate = config.learning_rate * (1 - state["consumed"] / planned)
-        optimizer.param_groups[0]["lr"] = learning_rate
-        first = state["consumed"] + rank() * config.prompts
+
+        # update: this rank's share of the next prompts
+        rate = config.learning_rate * (1 - state.consumed / planned)
+        optimizer.param_groups[0]["lr"] = rate
+        first = state.consumed + rank() * config.prompts
         chosen = prompt_indices(config.seed, first, config.prompts, count)
         keys = [f"{config.seed}/train/{first + i}" for i in range(config.prompts)]
         rollouts, figures, row = update(policy, reference, sampler, optimizer, tokenizer,
-                                        [examples["train"][i] for i in chosen], keys, config, device)
-        state |= {"step": state["step"] + 1, "consumed": state["consumed"] + per_step}
-        row = {"step": state["step"], "epoch": state["consumed"] / count, "lr": learning_rate} | row
+                                        [prompts[i] for i in chosen], keys, config, device)
+        state.step += 1
+        state.consumed += per_step
+
+        # log: all rollouts of the first and the last step, else those of a prompt
+        row = {"step": state.step, "epoch": state.consumed / count, "lr": rate} | row
         append(f"{directory}/metrics.jsonl", [row])
-        # else a prompt's rollouts
-        whole = state["step"] in (1, total)
-        logged = rollouts if whole else rollouts[:config.rloo_k]
-        logged = sample_rows(state["step"], logged, figures, decoder(tokenizer))
-        append(f"{directory}/samples.jsonl", gather(logged) if whole else logged)
         log(row)
-        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["skipped"] else 0
-        if state["skipped_in_a_row"] == 10:
-            raise FloatingPointError(f"step {row['step']}: ten updates in a row were not finite; lower "
-                                     f"learning_rate; the best model so far is in {directory}/best")
-        bar.set_postfix_str(f"reward {row['reward']:.3f}, length {row['rationale_length']:.1f}")
+        whole = state.step in (1, total)
+        some = rollouts if whole else rollouts[:config.rloo_k]
+        samples = sample_rows(state.step, some, figures, decoder(tokenizer))
+        append(f"{directory}/samples.jsonl", gather(samples) if whole else samples)
+        bar.set_postfix(reward=row["reward"], length=row["rationale_length"])
         bar.update()
-        # on any rank
-        told_to_stop = any(gather(signals))
-        if told_to_stop or config.save_steps and state["step"] % config.save_steps == 0:
-            state["due"] = state["step"] in evaluate_at
+        state.skipped = state.skipped + 1 if row["skipped"] else 0
+        if state.skipped == 10:
+            raise FloatingPointError(f"step {state.step}: ten updates in a row were not finite; lower "
+                                     f"learning_rate; the best model so far is in {directory}/best")
+        # by a signal to any rank
+        stopped = any(gather(received))
+        if stopped or config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
-        if told_to_stop:
-            break
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if told_to_stop:
-        say(f"stopped after step {state['step']}; to continue, add to the same command\n"
+    # during the last evaluation too
+    if any(gather(received)):
+        say(f"stopped after step {state.step}; to continue, add to the same command\n"
             f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest")
         sys.exit(128 + signal.SIGTERM)
 
 
-def start_wandb(config: Config, directory: str):
+def start_wandb(config, directory):
     """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to
     nowhere."""
     if rank() > 0 or not os.environ.get("WANDB_PROJECT"):
         return lambda row: None
     import wandb
-    run = wandb.init(name=basename(directory), dir=directory, config=vars(config))
+    run = wandb.init(name=config.run_name, dir=directory, config=vars(config))
     return lambda row: run.log(row, step=row["step"])
 
 
-def make_directory(config: Config):
-    """(the run directory, a file whose end unlocks it). One that holds a run is refused, unless that
-    is continued, or while another job writes to it."""
-    when = time.strftime("%Y%m%d-%H%M%S")
-    name = config.run_name or f"{config.dataset_name}-{config.objective}-{when}"
-    require("/" not in name, f"run_name {name}: is a path; output_dir says where")
-    directory, path = f"{config.output_dir}/{name}", config.checkpoint_path or ""
-    continued = path == "latest" or os.path.abspath(path).startswith(os.path.abspath(directory) + "/")
-    require(continued or not exists(f"{directory}/config.yaml"),
+def lock(directory, chosen):
+    """Make the run directory; returns a file whose end unlocks it. One that holds a run is refused,
+    unless it is continued from its own checkpoint, or while another job writes to it."""
+    new = chosen == "latest" or not exists(f"{directory}/config.yaml")
+    require(new or chosen and samefile(f"{chosen}/../..", directory),
             f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
             "--checkpoint_path latest")
     os.makedirs(directory, exist_ok=True)
@@ -762,56 +714,54 @@ def make_directory(config: Config):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{directory}: another process writes to it; stop it, or give another "
-                        "run_name") from None
-    return directory, file
+        raise UserError(f"{directory}: another process writes to it; stop it, or give another run_name")
+    return file
 
 
-def run(config: Config, device) -> None:
+def run(config, device):
     """Train as `config` says, then show the base beside the best model."""
-    wandb = not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb")
-    require(wandb, "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
-    check_shards(config, world_size())
+    require(not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb"),
+            "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     # of the embedded base's first weights
     torch.manual_seed(config.seed)
-    path, resumed = config.model_name_or_path, config.checkpoint_path
-    model, tokenizer = load_model(path, "auto", device, config.attn_implementation,
+    base, chosen = config.model_name_or_path, config.checkpoint_path
+    model, tokenizer = load_model(base, "auto", device, config.attn_implementation,
                                   config.trust_remote_code)
-    examples, grader = load_examples(config, model, tokenizer)
-    if resumed != "latest":
-        # before anything is written
-        on_rank_0(lambda: find_checkpoint("", resumed))
-    # the lock, until this function ends
+    # the one of all rows judges them all
+    examples, config.grader = load_examples(config, model, tokenizer)
+    name = f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config.run_name = on_rank_0(lambda: config.run_name or name)
+    directory = f"{config.output_dir}/{config.run_name}"
+    path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
+    # nothing was written so far; the lock holds until this function ends
     held = []
-    on_rank_0(lambda: held.extend(make_directory(config)))
-    directory = on_rank_0(lambda: held[0])
-    config.run_name = basename(directory)
+    on_rank_0(lambda: held.append(lock(directory, chosen)))
     ends = f"{directory}/final", f"{directory}/evaluation-best.json"
-    trained, closed = on_rank_0(lambda: [resumed == "latest" and exists(end) for end in ends])
+    trained, closed = on_rank_0(lambda: [chosen == "latest" and exists(end) for end in ends])
     if not trained:
-        train(config, directory, model, tokenizer, examples, grader, device)
+        train(config, directory, model, tokenizer, examples, device, path, state)
     elif closed:
         say(f"{directory}: finished already; --checkpoint_path goes on from one of its checkpoints")
-    if trained and closed or path == "embedded":
+    if trained and closed or base == "embedded":
         return
     del model
     # FSDP's modules hold each other
     gc.collect()
-    split, models = closing_split(config.dataset_path), {"base": path, "best": f"{directory}/best"}
-    rows = load_rows(config.dataset_name, split, config.dataset_path)
-    judge(config, models, rows, grader, split, f"{directory}/evaluation-{{}}.json")
+    evaluate_main(["--model", directory])
     say(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(argv)
+    config, device = load_config(argv), init_distributed()
+    size, ranks = config.shard_size or 1, config.dry_run or world_size()
+    require(ranks % size == 0, f"shard_size: {size} does not divide the {ranks} ranks")
     if config.dry_run:
         return dry_run(config)
-    device, final = init_distributed(), config.model_name_or_path
-    if final.endswith(EMBEDDED_NAME) and not on_rank_0(lambda: exists(final)):
-        say(f"making the base model {final} (once)")
+    path = config.model_name_or_path
+    if path.endswith(EMBEDDED_NAME) and not on_rank_0(lambda: exists(path)):
+        say(f"making the base model {path} (once)")
         base = load_config(["--config", "cups_base.yaml"])
-        base.output_dir, base.run_name = os.path.split(dirname(final))
+        base.output_dir, base.run_name = os.path.split(dirname(path))
         base.per_device_train_batch_size //= world_size()
         run(base, device)
     run(config, device)
@@ -820,78 +770,59 @@ def main(argv: list[str]) -> None:
 # ---------------------------------------------------------------------------
 # Before you pay
 # ---------------------------------------------------------------------------
-def plan(config: Config, model: nn.Module, ranks: int, context: int = 256) -> dict[str, int]:
-    """Bytes on a rank, by what holds them, for a model on the meta device; x⊕y are taken to be
-    `context` tokens long.
-
-    Exact for what is held all the time and the cache; what comes and goes in a pass with gradient
-    is an estimate."""
-    on_gpu = config.gpu_memory is not None or torch.cuda.is_available()
-    width = resolve_dtype(config.dtype, torch.device("cuda" if on_gpu else "cpu")).itemsize
-    c, shards = model.config.get_text_config(), config.shard_size or ranks
-    layers, hidden = c.num_hidden_layers, c.hidden_size
+def plan(config, model, ranks, context=256) -> dict[str, float]:
+    """Bytes on a rank of GPUs, by what holds them, for a model that may be on the meta device; x⊕y
+    are taken to be `context` tokens long. All but the last is exact."""
+    width = resolve_dtype(config.dtype, torch.device("cuda")).itemsize
+    layers, shards = decoder_layers(model), config.shard_size or ranks
     whole = sum(p.numel() for p in model.parameters())
     # FSDP2 cuts dimension 0
-    part = sum(-(-p.shape[0] // shards) * p[0].numel() for p in model.parameters())
+    part = sum(-(-len(p) // shards) * p[0].numel() for p in model.parameters())
+    # keys and values of a token
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cache = model(ids, use_cache=True).past_key_values
+    slot = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     rows = max(min(config.sequences, config.rollout_batch_size), config.per_device_eval_batch_size)
-    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    length, size = context + config.response_length, config.per_device_train_batch_size
-    # of a pass with each prompt once, in bytes: all that a layer keeps, and its input
-    tokens = (size * config.response_length + -(-size // config.rloo_k) * context) * width
-    layer = tokens * (10 * hidden + 4 * (getattr(c, "intermediate_size", None) or 4 * hidden))
-    kept = layer + tokens * hidden * layers if config.gradient_checkpointing else layer * layers
-    root = sum(m.weight.numel() for m in {model.get_input_embeddings(), model.get_output_embeddings()})
-    # two layers at a time; the reference's root is never sharded again
-    gathered = (width + 4) * (root + 2 * (whole - root) // layers)
-    gathered += width * root * config.needs_reference
+    length = config.response_length
+    # a pass has each prompt once; of a token a layer keeps about 24 times its input
+    tokens = config.per_device_train_batch_size * (length + context / config.rloo_k)
+    kept = 24 + len(layers) if config.gradient_checkpointing else 24 * len(layers)
+    kept *= tokens * width * model.get_input_embeddings().weight.shape[1]
+    # whole at a time, weights and gradients: two layers, and what lies outside of them
+    inside = sum(p.numel() for p in layers.parameters())
+    gathered = whole - inside + 2 * inside / len(layers)
+    gathered *= 4 + width * (1 + config.needs_reference)
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part * config.needs_reference,
-            "KV cache": 2 * width * rows * length * layers * heads * head_dim,
-            "activations and gathered layers (estimate)":
-                kept + 3 * 512 * c.vocab_size * 4 + gathered * (ranks > 1)}
+            "KV cache": width * slot * rows * (context + length),
+            "activations and gathered layers (estimate)": kept + gathered}
 
 
-def check_shards(config: Config, ranks: int) -> None:
-    shards = config.shard_size or 1
-    require(ranks % shards == 0, f"shard_size: {shards} does not divide the {ranks} ranks")
-
-
-def dry_run(config: Config) -> None:
+def dry_run(config):
     """Print what a run would need and do, from the model's config alone; UserError where gpu_memory
     is too little."""
     path, ranks, trust = config.model_name_or_path, config.dry_run, config.trust_remote_code
-    check_shards(config, ranks)
-    try:
-        with torch.device("meta"):
-            if path.endswith(EMBEDDED_NAME):
-                model, _ = embedded_model()
-            else:
-                shape = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
-                model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
-    # no network, no config, no access
-    except Exception as error:
-        raise UserError(f"model {path}: no config ({first_line(error)}); give a folder or hub id") from None
+    with torch.device("meta"):
+        if path.endswith(EMBEDDED_NAME):
+            model, _ = embedded_model()
+        else:
+            shape = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
     needs = plan(config, model, ranks)
     most, together = max(needs, key=needs.get), sum(needs.values())
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "
           "question and answer taken to be 256 tokens\n\nGiB on a rank")
     for name, size in [*needs.items(), ("together", together)]:
         print(f"  {name:<44}{size / 2**30:10.3f}")
-    prompts, sequences = config.prompts * ranks, config.sequences * ranks
-    print(f"\nper step: {prompts} prompts, {sequences} sequences, up to "
-          f"{sequences * config.response_length:,} sampled tokens")
-    try:
-        count = len(load_rows(config.dataset_name, "train", config.dataset_path))
-        print(f"{count:,} training prompts: {count / prompts:.1f} steps per epoch, "
-              f"{config.total_steps(count, ranks)} steps in all")
-    except UserError as error:
-        print(f"steps: unknown, since {error}")
     require(together <= (config.gpu_memory or math.inf) * 2**30,
             f"gpu_memory: more than {config.gpu_memory} GiB are needed, most by {most}; lower "
             "rollout_batch_size and per_device_eval_batch_size (KV cache), per_device_train_batch_size "
-            "or set gradient_checkpointing (activations), kl_coef to 0 (reference), or take more ranks")
+            "or set gradient_checkpointing (activations), kl_coef 0 (reference), or take more ranks")
+    prompts = config.prompts * ranks
+    print(f"\nper step: {prompts} prompts, {config.sequences * ranks} sequences")
+    count = len(load_rows(config.dataset_name, "train", config.dataset_path))
+    print(f"{count:,} training prompts: {config.total_steps(count, prompts)} steps in all")
 
 
 if __name__ == "__main__":
