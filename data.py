@@ -511,6 +511,7 @@ def choose_grader(given, name, rows):
     number where every one is one, json where every one is an object or array, else text.
     """
     grader = given or DATASETS[name][1]
+    require(grader in [None, *GRADERS], f"grader {grader}: unknown; choose one of {[*GRADERS]}")
     for row in rows if grader == "option" else []:
         check_row(row, "grader option", options=list)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"

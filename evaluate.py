@@ -283,17 +283,15 @@ def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
     weights = [p.data_ptr() for p in model.parameters()]
     weights.append(model.config._attn_implementation)
     cache = KEPT.pop(model, None)
-    if cache is not None:
-        width = max(width, cache.width)
-        slots = max(slots, cache.slots)
-    if cache is None or cache.kind != (weights, width, slots):
+    held = cache.size if cache else (0, 0)
+    size = max(width, held[0]), max(-(-slots // 256) * 256, held[1])
+    if cache is None or (cache.weights, held) != (weights, size):
         # its memory goes before more is taken
         cache = None
-        slots = -(-slots // 256) * 256
-        cache = Slots(like, width, slots)
-        cache.kind = weights, width, slots
-        cache.width, cache.slots, cache.pool = width, slots, None
+        cache = Slots(like, *size)
+        cache.weights, cache.size, cache.pool = weights, size, None
         cache.graphs = {} if like[0].is_cuda else None
+    cache.rows = width
     KEPT[model] = cache
     return cache
 
@@ -301,10 +299,10 @@ def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
 def replay(model, cache: Slots, state: torch.Tensor, temperature: float):
     """step, of a power of two of rows and a multiple of 256 slots, on a GPU
     captured: the host launches one graph. Weights may change in place."""
-    n = min(1 << (len(state) - 1).bit_length(), cache.width)
+    n = min(1 << (len(state) - 1).bit_length(), cache.rows)
     # free rows write slot 0 of a row that nobody has
     state = torch.cat([state, state.new_zeros(n - len(state), 3)])
-    cache.seen = min(-(-cache.seen // 256) * 256, cache.slots)
+    cache.seen = -(-cache.seen // 256) * 256
     shape = n, cache.seen, temperature
     if cache.graphs is not None and shape not in cache.graphs:
         capture_step(model, cache, state, temperature, shape)
@@ -466,16 +464,23 @@ def varlen_attention(query, key, value, segments, scaling, sliding_window):
     inputs = query, key.index_select(0, places), value.index_select(0, places)
     # keys seen before a query, and after it; -1 is all
     window = (sliding_window or 0) - 1, 0
+    return varlen_kernel()(*inputs, *sizes, scaling=scaling,
+                           window=window)[None]
+
+
+@functools.cache
+def varlen_kernel() -> Callable:
     try:
-        from flash_attn import flash_attn_varlen_func as kernel
-        options = {"softmax_scale": scaling, "causal": True}
+        from flash_attn import flash_attn_varlen_func
+        return lambda *inputs, scaling, window: flash_attn_varlen_func(
+            *inputs, softmax_scale=scaling, causal=True, window_size=window)
     except ImportError:
-        from torch.nn.attention.varlen import varlen_attn as kernel
-        options = {"scale": scaling}
-        # torch 2.11 does it unasked
-        if "enable_gqa" in inspect.signature(kernel).parameters:
-            options["enable_gqa"] = True
-    return kernel(*inputs, *sizes, window_size=window, **options)[None]
+        from torch.nn.attention.varlen import varlen_attn
+    # torch 2.11 does it unasked
+    known = inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    return lambda *inputs, scaling, window: varlen_attn(
+        *inputs, scale=scaling, window_size=window, **grouped)
 
 
 def pack(rollouts: list[Rollout], answers: bool, packed: bool):
@@ -944,7 +949,7 @@ def parse(cls, argv):
             require(given, f"{word}: keys begin with --")
             given[name].append(word)
     for name in given.keys() - {"stop_seqs"}:
-        require(len(given[name]) == 1, f"{name}: takes one value, not {len(given[name])}")
+        require(len(given[name]) == 1, f"{name}: takes one value, not {given[name]}")
         [given[name]] = given[name]
     return given
 
@@ -1006,7 +1011,7 @@ def main(argv):
     on the same rows, by the run's settings where the command line says nothing. Writes each one's
     JSON and prints the table."""
     device, given, config = init_distributed(), parse(Settings, argv), {}
-    path = given.get("model") or newest_run()
+    path = settle(Settings, given).model or newest_run()
     run = path if is_run(path) else Path(path).parent
     if is_run(run):
         config = read_yaml(f"{run}/config.yaml")
