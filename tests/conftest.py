@@ -87,7 +87,8 @@ def base(tmp_path_factory):
         shared = shared.parent  # of all workers: the first to come makes it, the others wait
     try:
         os.mkdir(shared / "making")
-        printed = script("latro.py", "--config", "tiny.yaml", "--max_steps", 1, "--sanity_check", "true", cwd=shared / "making")
+        printed = script("latro.py", "--config", "tiny.yaml", "--max_steps", 1, "--sanity_check", "true",
+                         cwd=shared / "making")
         assert "making the base model runs/cups-base/final (once)" in printed
         os.rename(shared / "making/runs/cups-base", shared / "cups-base")
     except FileExistsError:

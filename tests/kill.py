@@ -14,8 +14,8 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RUN = ("--config", "tiny.yaml", "--max_steps", "24", "--num_evaluations", "4", "--num_samples", "0", "--save_steps", "2", "--sanity_check", "true",
-       "--gradient_accumulation_steps", "2", "--checkpoint_path", "latest")
+RUN = ("--config", "tiny.yaml", "--max_steps", "24", "--num_evaluations", "4", "--num_samples", "0", "--save_steps",
+       "2", "--sanity_check", "true", "--gradient_accumulation_steps", "2", "--checkpoint_path", "latest")
 
 
 def start(folder, name, ranks=1):
@@ -23,8 +23,8 @@ def start(folder, name, ranks=1):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(os.path.join(folder, f"{name}.log"), "a") as log:
-        return subprocess.Popen([*launch, os.path.join(ROOT, "latro.py"), *RUN, "--run_name", name], cwd=folder, env=environment,
-                                stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen([*launch, os.path.join(ROOT, "latro.py"), *RUN, "--run_name", name], cwd=folder,
+                                env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def family(pid):
@@ -47,7 +47,8 @@ def remains(run):
     """What must not depend on interruptions: metrics without timings, samples, and the exported weights."""
     with open(f"{run}/metrics.jsonl") as file:
         metrics = [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in file]
-    files = [open(f"{run}/{name}", "rb").read() for name in ("samples.jsonl", "best/model.safetensors", "final/model.safetensors")]
+    names = "samples.jsonl", "best/model.safetensors", "final/model.safetensors"
+    files = [open(f"{run}/{name}", "rb").read() for name in names]
     return metrics, files
 
 
@@ -82,8 +83,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for name in ("undisturbed", "killed"):
         shutil.rmtree(f"{options.folder}/runs/{name}", ignore_errors=True)
-    subprocess.run([sys.executable, os.path.join(ROOT, "latro.py"), "--config", "tiny.yaml", "--max_steps", "1", "--sanity_check",
-                    "true"], cwd=options.folder, check=True, capture_output=True)  # makes the base
+    subprocess.run([sys.executable, os.path.join(ROOT, "latro.py"), "--config", "tiny.yaml", "--max_steps", "1",
+                    "--sanity_check", "true"], cwd=options.folder, check=True, capture_output=True)  # makes the base
     undisturbed, killed = kill_and_continue(options.folder, options.kills, random.Random(), options.ranks)
     print("the same, byte for byte" if undisturbed == killed else "DIFFERENT")
     sys.exit(undisturbed != killed)

@@ -15,15 +15,15 @@ def smol_run(tmp_path_factory, smollm2, gsm8k):
     folder = tmp_path_factory.mktemp("smol")
     for objective, size in (("latro", 4), ("sft", 1)):
         script("latro.py", "--model_name_or_path", smollm2, "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
-               "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 2, "--rloo_k", 4, "--max_steps", 2,
-               "--response_length", 64 if objective == "latro" else 16, "--sanity_check", "true", "--num_evaluations", 1, "--objective", objective,
-               "--run_name", objective, cwd=folder)
+               "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 2, "--rloo_k", 4, "--max_steps",
+               2, "--response_length", 64 if objective == "latro" else 16, "--sanity_check", "true",
+               "--num_evaluations", 1, "--objective", objective, "--run_name", objective, cwd=folder)
     return folder
 
 
 def test_real_model_and_data(smol_run, smollm2, gsm8k):
     updates, _ = check_run(f"{smol_run}/runs/latro", 2)
-    assert all(r["work_ratio"] <= 1.10 for r in updates)
+    assert all(r["work_ratio"] <= 0.80 for r in updates)
     exported, start = (AutoModelForCausalLM.from_pretrained(path) for path in (f"{smol_run}/runs/latro/final", smollm2))
     assert exported.dtype == start.dtype == torch.bfloat16
     changed = sum((a != b).sum().item() for a, b in zip(exported.parameters(), start.parameters(), strict=True))

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
+import evaluate
 import latro
 from evaluate import init_distributed
 
@@ -26,25 +28,23 @@ STEPS = 24
 
 
 def damage(run):
-    """Flip a byte of the newest checkpoint's tensors."""
-    newest = latro.checkpoints(f"{run}/checkpoints")
+    """Cut the newest checkpoint's tensors short."""
+    newest = latro.checkpoints(run)
     if newest:
-        with open(glob.glob(f"{newest[0]}/*.distcp")[0], "r+b") as file:
-            file.seek(5000)
-            byte = file.read(1)
-            file.seek(5000)
-            file.write(bytes([byte[0] ^ 255]))
+        path = glob.glob(f"{newest[0]}/*.distcp")[0]
+        os.truncate(path, os.path.getsize(path) - 1)
 
 
 def test_killed_at_random_and_continued(base):
     """Three kills, the newest checkpoint damaged after the second: the same bytes as a run that nothing happened to."""
     calls = []
     undisturbed, killed = kill_and_continue(
-        str(base), 3, random.Random(0), before_continuing=lambda run: calls.append(1) or len(calls) == 2 and damage(run))
+        str(base), 3, random.Random(0), before_continuing=lambda run: calls.append(1) or len(calls) == 2
+        and damage(run))
     assert undisturbed == killed
     assert len(undisturbed[0]) == STEPS + 5
-    assert len(latro.checkpoints(f"{base}/runs/killed/checkpoints")) == 2  # save_total_limit
-    assert not glob.glob(f"{base}/runs/killed/*.partial") and not glob.glob(f"{base}/runs/killed/checkpoints/partial")
+    assert len(latro.checkpoints(f"{base}/runs/killed")) == 2  # save_total_limit
+    assert not glob.glob(f"{base}/runs/killed/**/*.partial", recursive=True)
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped(base):
@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(base):
     before = remains(run)
     for name in ("best", "final"):
         shutil.rmtree(f"{run}/{name}")
-    newest, older = latro.checkpoints(f"{run}/checkpoints")
+    newest, older = latro.checkpoints(run)
     damage(run)
     printed = script("latro.py", *RUN, "--run_name", "undisturbed", cwd=base)
     assert f"warning: runs/undisturbed/checkpoints/{os.path.basename(newest)} is damaged and skipped" in printed
@@ -68,19 +68,26 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
     """And nothing of the run is overwritten."""
     def start(width):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(
-            "llama", vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4))
+            "llama", vocab_size=60, hidden_size=width, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4))
 
     def side(model):
-        policy = latro.make_policy(model, copy.deepcopy(model), None)
+        policy = latro.Scorer(model)
         return policy, torch.optim.AdamW(policy.parameters(), fused=True)
 
     device = init_distributed()
-    latro.save_checkpoint(f"{tmp_path}/checkpoints", *side(start(32)), {"step": 3}, 1)
+    for name in latro.LOGS:
+        (tmp_path / name).touch()
+    _, state = latro.find_checkpoint(tmp_path, None)
+    state.step = 3
+    latro.save_checkpoint(tmp_path, *side(start(32)), state, 1)
     latro.load_checkpoint(f"{tmp_path}/checkpoints/step-3", *side(start(32)))
     (tmp_path / "config.yaml").write_text("of the run")
+    found = latro.find_checkpoint(tmp_path, "latest")
+    assert found == (f"{tmp_path}/checkpoints/step-3", state)
     config = latro.Config(checkpoint_path="latest", run_name=tmp_path.name, dtype="float32")
     with pytest.raises(data.UserError, match="checkpoint_path .*/step-3: does not fit the model"):
-        latro.train(config, str(tmp_path), start(64), None, {}, "text", device)
+        latro.train(config, str(tmp_path), start(64), None, {"train": [], "validation": []}, device, *found)
     assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 
@@ -97,26 +104,29 @@ def test_what_gets_no_gradient_has_no_moments_in_a_checkpoint(tmp_path):
     for parameter in policy.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter is not policy.model.unused else None
     optimizer.step()
-    latro.save_checkpoint(f"{tmp_path}/checkpoints", policy, optimizer, {"step": 1}, 1)
+    for name in latro.LOGS:
+        (tmp_path / name).touch()
+    latro.save_checkpoint(tmp_path, policy, optimizer, types.SimpleNamespace(step=1), 1)
     latro.load_checkpoint(f"{tmp_path}/checkpoints/step-1", fresh, other)
     for mine, loaded in zip(policy.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(mine, loaded)
         assert all(torch.equal(value, other.state[loaded][name]) for name, value in optimizer.state[mine].items())
 
 
-BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true", "--rloo_k", "2",
-             "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8", "--num_evaluations", "2", "--save_steps", "1",
-             "--save_total_limit", "99", "--dtype", "float32")
+BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true",
+             "--rloo_k", "2", "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8",
+             "--num_evaluations", "2", "--save_steps", "1", "--save_total_limit", "99", "--dtype", "float32")
 
 
 def test_a_run_by_epochs_continues_with_another_batch(apart):
-    """As on another number of ranks: it ends after as many prompts, the learning rate goes on where it was, and the step
-    whose evaluation was cut off is evaluated again."""
+    """As on another number of ranks: it ends after as many prompts, the learning rate goes on where it was, and the
+    step whose evaluation was cut off is evaluated again."""
     for accumulation in ("2", "4"):  # 4 prompts a step, then 8
-        latro.main([*BY_EPOCHS, "--run_name", "x[1]", "--checkpoint_path", "latest", "--gradient_accumulation_steps", accumulation])
+        latro.main([*BY_EPOCHS, "--run_name", "x[1]", "--checkpoint_path", "latest", "--gradient_accumulation_steps",
+                    accumulation])
         if accumulation == "2":
-            assert len(latro.checkpoints("runs/x[1]/checkpoints")) == 12
-            for path in ["runs/x[1]/final", *latro.checkpoints("runs/x[1]/checkpoints")[:6]]:
+            assert len(latro.checkpoints("runs/x[1]")) == 12
+            for path in ["runs/x[1]/final", *latro.checkpoints("runs/x[1]")[:6]]:
                 shutil.rmtree(path)
     metrics = rows("runs/x[1]/metrics.jsonl")
     assert [row["step"] for row in metrics if "split" in row] == [0, 6, 9]
@@ -136,25 +146,30 @@ def test_going_on_from_a_chosen_checkpoint(apart, monkeypatch):
         patch.setattr(latro, "update", lambda *arguments: 1 / 0)
         latro.main(back)
     assert sorted(os.listdir("runs/x/checkpoints")) == ["step-1", "step-1-copy", "step-2"]
-    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl",
+                                            "samples.jsonl"]
     latro.main([*back, "--save_total_limit", "2"])
     assert sorted(os.listdir("runs/x/checkpoints")) == ["step-1-copy", "step-2", "step-3"]
-    assert [row["step"] for row in rows("runs/x/metrics.jsonl")] == [0, 1, 2, 2, 3, 3] and os.path.exists("runs/x/final")
+    assert [row["step"] for row in rows("runs/x/metrics.jsonl")] == [0, 1, 2, 2, 3, 3]
+    assert os.path.exists("runs/x/final")
     state = json.load(open("runs/x/checkpoints/step-3/state.json"))
     json.dump(state | {"best": 2.0}, open("runs/x/checkpoints/step-3/state.json", "w"))
     for name, steps in (("y", "4"), ("z", "2")):
-        latro.main([*BY_EPOCHS, "--run_name", name, "--checkpoint_path", "runs/x/checkpoints/step-3", "--max_steps", steps])
+        latro.main([*BY_EPOCHS, "--run_name", name, "--checkpoint_path", "runs/x/checkpoints/step-3", "--max_steps",
+                    steps])
         assert os.path.exists(f"runs/{name}/best") and os.path.exists(f"runs/{name}/evaluation-best.json")
-    with pytest.raises(data.UserError, match="runs/x: holds a run already"):  # another run's checkpoint does not go on here
+    # another run's checkpoint does not go on here
+    with pytest.raises(data.UserError, match="runs/x: holds a run already"):
         latro.main([*BY_EPOCHS, "--run_name", "x", "--checkpoint_path", "runs/y/checkpoints/step-4"])
     assert len(rows("runs/x/metrics.jsonl")) == 6
 
 
 def test_steps_of_epochs():
     """Every prompt once: the last step of the last epoch is made too, and what was consumed is not made again."""
-    config = latro.Config(num_train_epochs=2.0)  # 8 prompts a step and rank
-    assert [config.total_steps(*case) for case in ((16, 1), (17, 1), (17, 2), (1, 8), (17, 1, 3, 24))] == [4, 5, 3, 1, 5]
-    assert latro.Config(num_train_epochs=1.0, max_steps=99).total_steps(16, 1) == 99
+    config = latro.Config(num_train_epochs=2.0)
+    cases = (16, 8), (17, 8), (17, 16), (1, 64), (17, 8, 3, 24)
+    assert [config.total_steps(*case) for case in cases] == [4, 5, 3, 1, 5]
+    assert latro.Config(num_train_epochs=1.0, max_steps=99).total_steps(16, 8) == 99
 
 
 def test_the_best_model_so_far_outlives_a_full_disk(apart, monkeypatch):
@@ -173,12 +188,12 @@ def test_the_best_model_so_far_outlives_a_full_disk(apart, monkeypatch):
     with pytest.raises(data.UserError, match="best: cannot be written"):
         latro.main([*BY_EPOCHS, "--run_name", "x", "--max_steps", "3", "--num_evaluations", "3"])
     assert len(calls) == 3 and load_file("runs/x/best/model.safetensors").keys() == calls[2].keys()
-    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(os.listdir("runs/x")) == ["best", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl",
+                                            "samples.jsonl"]
 
 
 def test_one_job_at_a_time(apart):
-    os.makedirs("runs/x")
-    other = latro.lock("runs/x")
+    other = latro.lock("runs/x", None)
     arguments = [*BY_EPOCHS, "--run_name", "x", "--max_steps", "1", "--checkpoint_path", "latest"]
     with pytest.raises(data.UserError, match="runs/x: another process writes to it; stop it, or give another run_name"):
         latro.main(arguments)
@@ -190,10 +205,12 @@ def test_one_job_at_a_time(apart):
 
 def test_a_full_disk_while_a_checkpoint_is_written(base):
     """One line, and nothing half written is left. Files of more than 4 MB cannot be written; weights are smaller."""
-    done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable, os.path.join(ROOT, "latro.py"), *BY_EPOCHS,
-                           "--run_name", "full"], cwd=base, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", 'ulimit -f 4000; exec "$@"', "-", sys.executable,
+                           os.path.join(ROOT, "latro.py"), *BY_EPOCHS, "--run_name", "full"], cwd=base,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr and os.listdir(f"{base}/runs/full/checkpoints") == []
+    assert "error: runs/full/checkpoints/step-1: cannot be written" in done.stderr
+    assert os.listdir(f"{base}/runs/full/checkpoints") == []
 
 
 def test_told_to_stop_between_checkpoints(apart, monkeypatch):
@@ -207,7 +224,7 @@ def test_told_to_stop_between_checkpoints(apart, monkeypatch):
     monkeypatch.setattr(latro, "update", told)
     with pytest.raises(SystemExit, match="143"):
         latro.main([*BY_EPOCHS, "--run_name", "x", "--save_steps", "99"])
-    assert latro.checkpoints("runs/x/checkpoints") == ["runs/x/checkpoints/step-1"]
+    assert latro.checkpoints("runs/x") == ["runs/x/checkpoints/step-1"]
 
 
 def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
@@ -231,19 +248,20 @@ def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     """And what a kill left of a last line, cut within a character."""
-    path = tmp_path / "samples.jsonl"
-    lines = [f'{{"step": {step}{rest}, "query": "⊕"}}\n'.encode() for step, rest in ((0, ', "split": ""'), (1, ""), (2, ""), (
-        2, ', "split": ""'), (3, ""))]
-    for kept, step in ((0, 0), (2, 1), (3, 2), (5, 3)):
-        path.write_bytes(b"".join(lines) + '{"step": 4, "query": "⊕'.encode()[:-1])
-        latro.trim(str(path), step)
-        assert path.read_bytes() == b"".join(lines[:kept])
+    text = '{"step": 1, "query": "⊕"}\n'.encode()
+    _, state = latro.find_checkpoint(tmp_path, None)
+    for size in (0, len(text), 2 * len(text)):
+        for name in latro.LOGS:
+            (tmp_path / name).write_bytes(2 * text + text[:-4])
+            state.logs[name] = size
+        latro.begin(tmp_path, latro.Config(), state)
+        assert [(tmp_path / name).read_bytes() for name in latro.LOGS] == [(2 * text)[:size]] * 2
 
 
 @pytest.fixture(scope="module")
 def alone(base):
-    script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8, "--num_evaluations", 1,
-           "--sanity_check", "true", cwd=base)
+    script("latro.py", "--config", "tiny.yaml", "--run_name", "alone", "--num_samples", 0, "--max_steps", 8,
+           "--num_evaluations", 1, "--sanity_check", "true", cwd=base)
     return f"{base}/runs/alone"
 
 
@@ -252,9 +270,9 @@ def test_a_checkpoint_continues_on_another_number_of_ranks(base, alone, first, t
     """The same global batch throughout: 4 sequences of gradient accumulation over all ranks."""
     name = f"from-{first}-to-{then}"
     for ranks, steps in ((first, 4), (then, 8)):
-        script("latro.py", "--config", "tiny.yaml", "--run_name", name, "--checkpoint_path", "latest", "--num_samples", 0,
-               "--gradient_accumulation_steps", 4 // ranks, "--save_steps", 4, "--max_steps", 8, "--num_evaluations", 1,
-               "--save_total_limit", 5, "--sanity_check", "true", cwd=base, ranks=ranks)
+        script("latro.py", "--config", "tiny.yaml", "--run_name", name, "--checkpoint_path", "latest", "--num_samples",
+               0, "--gradient_accumulation_steps", 4 // ranks, "--save_steps", 4, "--max_steps", 8, "--num_evaluations",
+               1, "--save_total_limit", 5, "--sanity_check", "true", cwd=base, ranks=ranks)
         if steps == 4:  # as if killed after step 4
             for left in ("final", "best", "evaluation-best.json", "checkpoints/step-8"):
                 path = f"{base}/runs/{name}/{left}"
@@ -271,7 +289,7 @@ def test_a_checkpoint_continues_on_another_number_of_ranks(base, alone, first, t
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(base, ranks, number):
-    """The step is finished, a checkpoint written, the command to continue printed; signals repeat and reach everybody."""
+    """The step is finished, a checkpoint written, the command to continue printed; signals repeat, reach everybody."""
     name = f"stop-{ranks}-{number}"
     process = start(str(base), name, ranks)
     log = f"{base}/{name}.log"
@@ -284,11 +302,12 @@ def test_told_to_stop(base, ranks, number):
         kill(process, number)
         time.sleep(0.1)
     assert process.wait(30) != 0 and time.time() - begin < 30
-    while f"--run_name {name} --checkpoint_path latest" not in open(log).read():  # torchrun, told thrice, leaves before its ranks
+    # torchrun, told thrice, leaves before its ranks
+    while f"--run_name {name} --checkpoint_path latest" not in open(log).read():
         assert time.time() - begin < 30, open(log).read()
         time.sleep(0.05)
     assert "stopped after step" in open(log).read()
-    assert latro.checkpoints(f"{base}/runs/{name}/checkpoints")
+    assert latro.checkpoints(f"{base}/runs/{name}")
     if ranks == 1 and number == signal.SIGTERM:  # the same command goes on, and ends where an undisturbed run ends
         assert start(str(base), name).wait() == 0
         assert remains(f"{base}/runs/{name}") == remains(f"{base}/runs/undisturbed")
@@ -304,31 +323,43 @@ def test_two_nodes(base):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    arguments = ["--config", "tiny.yaml", "--max_steps", "2", "--num_evaluations", "1", "--num_samples", "0", "--run_name", "nodes",
-                 "--shard_size", "1"]
+    arguments = ["--config", "tiny.yaml", "--max_steps", "2", "--num_evaluations", "1", "--num_samples", "0",
+                 "--run_name", "nodes", "--shard_size", "1"]
     nodes = []
     for i in range(2):
         if sys.prefix == os.path.join(ROOT, ".venv"):  # set up by tests/run.sh: the launcher itself
             command = [os.path.join(ROOT, "fsdp_launch.sh"), *arguments]
         else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i), "--master_addr",
-                       "127.0.0.1", "--master_port", port, os.path.join(ROOT, "latro.py"), *arguments]
-        environment = {"OMP_NUM_THREADS": "1", "NNODES": "2", "NODE_RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(i),
+                       "--master_addr", "127.0.0.1", "--master_port", port, os.path.join(ROOT, "latro.py"), *arguments]
+        environment = {"OMP_NUM_THREADS": "1", "NNODES": "2", "NODE_RANK": str(i), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
         nodes.append(subprocess.Popen(command, cwd=base, env=os.environ | environment, stdout=subprocess.PIPE,
                                       stderr=subprocess.STDOUT, text=True))
     printed = [node.communicate(timeout=200)[0] for node in nodes]
     assert all(node.returncode == 0 for node in nodes), printed
     assert len(rows_so_far(base, "nodes")) == 2
     samples = rows(f"{base}/runs/nodes/samples.jsonl")  # of both ranks' prompts, each K times
-    assert len([row for row in samples if row["step"] == 1]) == 256 and len({row["query"] for row in samples if row["step"] == 1}) == 32
+    first = [row["query"] for row in samples if row["step"] == 1]
+    assert len(first) == 256 and len({*first}) == 32
 
 
 def test_a_rank_that_dies_ends_the_job(base, tmp_path):
-    (tmp_path / "dies.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport latro, evaluate\nwhole = latro.update\n"
-                                      "def update(*a):\n    if evaluate.rank(): raise RuntimeError('this rank dies')\n"
-                                      "    return whole(*a)\nlatro.update = update\nevaluate.run_script(latro.main)\n")
+    (tmp_path / "dies.py").write_text(f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import evaluate, latro
+whole = latro.update
+def update(*arguments):
+    if evaluate.rank():
+        raise RuntimeError("this rank dies")
+    return whole(*arguments)
+latro.update = update
+evaluate.run_script(latro.main)
+""")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(tmp_path / "dies.py"), "--config", "tiny.yaml", "--run_name", "dies"], cwd=base, timeout=120,
+                           str(tmp_path / "dies.py"), "--config", "tiny.yaml", "--run_name", "dies"], cwd=base,
+                           timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode != 0 and "this rank dies" in done.stderr
 
@@ -343,24 +374,21 @@ def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch
     _, tokenizer = data.embedded_model()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=1, bos_token_id=None,
-        eos_token_id=2), dtype=torch.bfloat16)
+        kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied,
+        pad_token_id=1, bos_token_id=None, eos_token_id=2), dtype=torch.bfloat16)
     model.save_pretrained("start")
     tokenizer.save_pretrained("start")
-    export, trained = latro.export, {}
-
-    def recording(folder, policy, *rest):
-        trained.update({name: latro.full(p.detach()).clone() for name, p in policy.model.named_parameters()})
-        export(folder, policy, *rest)
-
-    monkeypatch.setattr(latro, "export", recording)
-    latro.main(["--config", "tiny.yaml", "--model_name_or_path", "start", "--max_steps", "1", "--num_evaluations", "1", "--num_samples",
-                "0", "--sanity_check", "true", "--run_name", "r", "--response_length", "8", "--dtype", "bfloat16"])
+    set_out, made = latro.set_out, []
+    monkeypatch.setattr(latro, "set_out", lambda *arguments: made.append(set_out(*arguments)) or made[-1])
+    latro.main(["--config", "tiny.yaml", "--model_name_or_path", "start", "--max_steps", "1", "--num_evaluations", "1",
+                "--num_samples", "0", "--sanity_check", "true", "--run_name", "r", "--response_length", "8", "--dtype",
+                "bfloat16"])
     final = AutoModelForCausalLM.from_pretrained("runs/r/final")
     assert final.dtype == torch.bfloat16 and rows("runs/r/metrics.jsonl")[1]["skipped"] == 0
-    for name, parameter in final.named_parameters():  # exactly the float32 master weights, cast to the base's dtype
-        assert trained[name].dtype == torch.float32 and torch.equal(trained[name].bfloat16(), parameter)
+    for parameter, master in zip(final.parameters(), made[0][0].model.parameters(), strict=True):
+        master = latro.full(master.detach())  # exactly the float32 weights, in the dtype of sampling
+        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), parameter)
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), model.parameters(), strict=True)]
     assert sum(moved) > len(moved) // 2
     head, embedding = final.get_output_embeddings().weight, final.get_input_embeddings().weight
@@ -370,13 +398,14 @@ def test_architectures_train_a_step_and_export(kind, tied, tmp_path, monkeypatch
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_plan_is_exact(kind, monkeypatch):
     """Held bytes against those of the tensors of a real update; only what comes and goes is an estimate."""
-    settings = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 1}
+    settings = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+                "pad_token_id": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16", per_device_eval_batch_size=3)
+    config = latro.Config(response_length=10, rollout_batch_size=8, rloo_k=4, dtype="bfloat16",
+                          per_device_eval_batch_size=3)
     needs = latro.plan(config, model, 1, context=20)
-    sampler = latro.cast(copy.deepcopy(model), torch.bfloat16)
-    policy = latro.make_policy(model, sampler, latro.make_mesh(config, torch.device("cpu")))
+    policy, reference, _ = latro.set_out(model, config, torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -385,37 +414,39 @@ def test_plan_is_exact(kind, monkeypatch):
     def held(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    assert needs["weights, float32"] == held(policy.parameters()) == needs["gradients"] == held(p.grad for p in policy.parameters())
+    assert needs["weights, float32"] == held(policy.parameters())
+    assert needs["gradients"] == held(p.grad for p in policy.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert needs["optimizer, two moments"] == held(moments)
-    assert needs["sampling copy"] == needs["weights, float32"] // 2 == needs["reference"]
-    slabs = []
-    zeros = torch.Tensor.new_zeros
-    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda t, *size: slabs.append(zeros(t, *size)) or slabs[-1])
-    sampler = latro.cast(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)), torch.bfloat16)
-    latro.generate(sampler, [[3] * 15] * 2, 10, num_samples=4, room=5)
-    assert needs["KV cache"] == sum(slab.numel() * slab.element_size() for slab in slabs)
+    assert needs["sampling copy"] == held(model.parameters()) and needs["reference"] == held(reference.parameters())
+    slots, made = evaluate.Slots.__init__, []
+    monkeypatch.setattr(evaluate.Slots, "__init__", lambda cache, *a: made.append(cache) or slots(cache, *a))
+    latro.generate(model, [[3] * 20] * 2, 10, num_samples=4)
+    assert needs["KV cache"] == held(made[0].tensors)
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
-    """Of the shape of Llama-3.1-8B, from its config alone: what the README says; a budget too small names the way out."""
-    AutoConfig.for_model("llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
+    """Of the shape of Llama-3.1-8B, from its config alone: what the README says; too small a budget names the way out."""
+    AutoConfig.for_model("llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8,
+                         tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"queries": f"q{i}", "responses": "a", "groundtruth": "a"}) for i in range(100)))
-    arguments = ["--config", "gsm8k.yaml", "--model_name_or_path", "llama", "--dataset_name", "jsonl", "--dataset_path", "my.jsonl",
-                 "--dry_run", "8", "--gpu_memory"]
+    (tmp_path / "my.jsonl").write_text("\n".join(json.dumps({"queries": f"q{i}", "responses": "a",
+                                                             "groundtruth": "a"}) for i in range(100)))
+    arguments = ["--config", "gsm8k.yaml", "--model_name_or_path", "llama", "--dataset_name", "jsonl", "--dataset_path",
+                 "my.jsonl", "--dry_run", "8", "--gpu_memory"]
     latro.main([*arguments, "80"])
     printed = capsys.readouterr().out
-    assert "8,030,261,248 parameters" in printed and "24 prompts, 384 rollouts" in printed and "90 training prompts" in printed
-    assert "together                                        50.570" in printed
+    for text in ("8,030,261,248 parameters", "24 prompts, 384 sequences", "90 training prompts"):
+        assert text in printed
+    assert "together                                        52.297" in printed
     assert sorted(os.listdir(tmp_path)) == ["llama", "my.jsonl"]
-    with pytest.raises(data.UserError, match="gpu_memory: .* GiB are needed and 24.0 given, most by sampling copy; lower"):
+    with pytest.raises(data.UserError, match="gpu_memory: more than 24.0 GiB are needed, most by sampling copy; lower"):
         latro.main([*arguments, "24"])
     with pytest.raises(data.UserError, match="shard_size: 3 does not divide the 8 ranks"):
         latro.main([*arguments, "80", "--shard_size", "3"])
     latro.main([*arguments, "80", "--objective", "sft"])
-    assert "per step: 384 prompts\n" in capsys.readouterr().out
+    assert "per step: 384 prompts, 384 sequences\n" in capsys.readouterr().out
 
 
 def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
@@ -425,8 +456,7 @@ def test_refreshing_the_sampling_copy_holds_one_parameter_at_a_time():
     config = AutoConfig.for_model("llama", vocab_size=60, hidden_size=512, intermediate_size=1024, num_hidden_layers=24,
                                   num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    sampler = latro.cast(AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16)
-    policy = latro.make_policy(model, sampler, latro.make_mesh(latro.Config(), torch.device("cpu")))
+    policy, _, sampler = latro.set_out(model, latro.Config(dtype="bfloat16", kl_coef=0), torch.device("cpu"))
     latro.refresh(sampler, policy)  # what is allocated once is allocated
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
@@ -446,9 +476,10 @@ def test_rows_that_do_not_divide_by_the_ranks(base):
     """Five questions on two ranks: all there, once, in order, as on one rank."""
     results = []
     for ranks in (1, 2):
-        script("evaluate.py", "--model", "runs/cups-base/final", "--dataset_name", "cups", "--limit", 5, "--num_samples", 3, "--out",
-               "five.json", "--response_length", 24, cwd=base, ranks=ranks)
+        script("evaluate.py", "--model", "runs/cups-base/final", "--dataset_name", "cups", "--limit", 5,
+               "--num_samples", 3, "--out", "five.json", "--response_length", 24, cwd=base, ranks=ranks)
         results.append(json.load(open(f"{base}/five.json")))
-    one, two = ([{k: row[k] for k in ("query", "output", "correct")} | {"samples": [s["output"] for s in row["samples"]]}
+    one, two = ([{k: row[k] for k in ("query", "output",
+                                      "correct")} | {"samples": [s["output"] for s in row["samples"]]}
                  for row in result["rows"]] for result in results)
     assert len(one) == 5 and one == two

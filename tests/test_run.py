@@ -15,8 +15,9 @@ import data
 import evaluate
 import latro
 
-STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss", "sft_loss",
-             "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s", "work_ratio", "stop_in_answer"}
+STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss",
+             "sft_loss", "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s",
+             "work_ratio", "stop_in_answer", "sampling_gap"}
 EVALUATION_KEYS = {"step", "split", "n", "accuracy", "answer_logprob", "rationale_length", "finished"}
 
 
@@ -29,7 +30,8 @@ def check_run(run, steps):
     for row, keys in [(r, STEP_KEYS) for r in updates] + [(r, EVALUATION_KEYS) for r in evaluations]:
         assert row.keys() == keys
         unmeasured = {k for k, v in row.items() if v is None}
-        assert unmeasured == ({"kl"} if keys is STEP_KEYS and "objective: sft\n" in open(f"{run}/config.yaml").read() else set())
+        sft = keys is STEP_KEYS and "objective: sft\n" in open(f"{run}/config.yaml").read()
+        assert unmeasured == ({"kl", "sampling_gap"} if sft else set())
         assert all(math.isfinite(v) for k, v in row.items() if k not in {"split", *unmeasured})
     assert {os.path.basename(p) for p in glob.glob(f"{run}/*")} >= {
         "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "best", "final"}
@@ -60,7 +62,8 @@ def test_default_learns_to_track(default_run):
     assert best["accuracy_ci95"][0] < best["accuracy"] <= best["accuracy_ci95"][1]
     assert "greedy accuracy" in printed and "maj@8" in printed
     assert updates[-1]["kl"] > 0.1 > updates[0]["kl"] and updates[-1]["reward"] > updates[0]["reward"] + 0.5
-    assert sum(r["work_ratio"] for r in updates) / len(updates) <= 1.10
+    assert sum(r["work_ratio"] for r in updates) / len(updates) <= 0.60
+    assert max(r["sampling_gap"] for r in updates) < 1e-3
     assert evaluations[-1]["accuracy"] >= 0.97 and len(evaluations) == 13
     assert_plain_transformers_answers(f"{run}/best", best["rows"][:10], 24)
 
@@ -128,55 +131,21 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     assert json.load(open(f"{run}/evaluation-best-3.json"))["n"] == 3
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
     assert vars(latro.load_config(["--config", f"{run}/config.yaml"])) == evaluate.read_yaml(f"{run}/config.yaml")
-    last = [r for r in rows(f"{run}/samples.jsonl") if r["step"] == 120]
-    assert "Step 120, of 128 logged rollouts" in printed
-    for which, pick in (("highest", max), ("lowest", min)):
-        row = pick(last, key=lambda r: r["advantage"])
-        assert f"{which} advantage {row['advantage']:.3f}, reward " in printed and f"Q: {row['query']}" in printed
-
-
-def test_rollouts_with_the_highest_and_the_lowest_advantage(tmp_path, capsys):
-    row = {"query": "x " * 80 + "Where is\nit?", "response": " The answer is 1.<eos>", "reward": -0.5, "finished": True}
-    shown = [(1, 9.0, "an earlier step"), (2, -1.25, "worst"), (2, 0.5, "between"), (2, None, "not a number"), (2, 0.75, "best")]
-    path = tmp_path / "samples.jsonl"
-    with open(path, "wb") as file:
-        for step, advantage, rationale in shown:
-            line = json.dumps(row | {"step": step, "advantage": advantage, "rationale": rationale}) + "\n"
-            file.write(line.encode())
-        file.write('{"step": 3, "query": "⊕'.encode()[:-1])  # a run that is still writing, a character even
-    evaluate.print_rollouts(str(path))
-    printed = capsys.readouterr().out
-    assert printed == f"""  Step 2, of 3 logged rollouts:
-
-  highest advantage 0.750, reward -0.500, finished
-  Q: …{("x " * 80 + "Where is it?")[-100:]}
-  rationale: best
-  answer: The answer is 1.<eos>
-
-  lowest advantage -1.250, reward -0.500, finished
-  Q: …{("x " * 80 + "Where is it?")[-100:]}
-  rationale: worst
-  answer: The answer is 1.<eos>
-
-"""
-    path.write_text("")
-    evaluate.print_rollouts(str(path))
-    assert capsys.readouterr().out == ""
 
 
 def test_sft_on_answers_does_not_unlock_it(default_run):
     folder, _, _ = default_run
-    printed = script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft", "--num_evaluations", 1,
-                     "--max_steps", 40, cwd=folder)
-    assert "greedy accuracy" in printed and "advantage" not in printed  # it samples nothing
+    printed = script("latro.py", "--config", "tiny.yaml", "--objective", "sft", "--run_name", "sft",
+                     "--num_evaluations", 1, "--max_steps", 40, cwd=folder)
+    assert "greedy accuracy" in printed
     check_run(f"{folder}/runs/sft", 40)
     assert json.load(open(f"{folder}/runs/sft/evaluation-best.json"))["accuracy"] <= 0.40
 
 
 def test_two_ranks_do_what_one_does(default_run):
     folder, run, _ = default_run
-    script("latro.py", "--config", "tiny.yaml", "--gradient_accumulation_steps", 2, "--max_steps", 40, "--num_evaluations", 1,
-           "--run_name", "two", cwd=folder, ranks=2)
+    script("latro.py", "--config", "tiny.yaml", "--gradient_accumulation_steps", 2, "--max_steps", 40,
+           "--num_evaluations", 1, "--run_name", "two", cwd=folder, ranks=2)
     updates, evaluations = check_run(f"{folder}/runs/two", 40)
     alone = [r for r in rows(f"{run}/metrics.jsonl") if "reward" in r]
     for key in STEP_KEYS - {"grad_norm"}:  # the first update sees the same prompts and the same randomness
@@ -194,12 +163,14 @@ def test_own_jsonl_trains_and_evaluates(default_run):
         for row in data.load_rows("cups", "train")[:20]:
             file.write(json.dumps({k: row[k] for k in ("queries", "responses", "groundtruth")}) + "\n")
     base = f"{folder}/runs/cups-base/final"
-    script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path", "my.jsonl", "--run_name", "own",
-           "--max_steps", 3, "--response_length", 20, "--learning_rate", "3e-4", "--num_evaluations", 1, cwd=folder)
+    script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path", "my.jsonl",
+           "--run_name", "own", "--max_steps", 3, "--response_length", 20, "--learning_rate", "3e-4",
+           "--num_evaluations", 1, cwd=folder)
     updates, evaluations = check_run(f"{folder}/runs/own", 3)
     assert evaluations[0]["n"] == 2 and updates[0]["epoch"] == pytest.approx(8 / 18)
     printed = script("evaluate.py", "--model", "runs/own/final", cwd=folder)
     assert "20 questions" in printed
     assert json.load(open(f"{folder}/runs/own/evaluation-final-all.json"))["split"] == "all"
-    assert "holds a run already" in script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl", "--dataset_path",
-                                           "my.jsonl", "--run_name", "own", "--response_length", 20, cwd=folder, code=2)
+    assert "holds a run already" in script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl",
+                                           "--dataset_path", "my.jsonl", "--run_name", "own", "--response_length", 20,
+                                           cwd=folder, code=2)
