@@ -283,7 +283,7 @@ def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
     weights = [p.data_ptr() for p in model.parameters()]
     weights.append(model.config._attn_implementation)
     cache = KEPT.pop(model, None)
-    held = cache.size if cache else (0, 0)
+    held = (0, 0) if cache is None else cache.size
     size = max(width, held[0]), max(-(-slots // 256) * 256, held[1])
     if cache is None or (cache.weights, held) != (weights, size):
         # its memory goes before more is taken
