@@ -55,15 +55,15 @@ MODELS = {
                 "the window of its local layers follows the longest row of a batch"),
     "Falcon, ALiBi": ("falcon", {"alibi": True}, "cannot be sampled or scored: too many values to unpack"),
     "Bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "cannot be sampled or scored: too many values to unpack"),
-    "BART": ("bart", ENCODER, "generate is off by .* nats from its forward pass"),  # they ignore position_ids
-    "MBart": ("mbart", ENCODER, "generate is off by .* nats from its forward pass"),
-    "Pegasus": ("pegasus", ENCODER, "generate is off by .* nats from its forward pass"),
-    "Marian": ("marian", ENCODER | {"decoder_vocab_size": 64}, "generate is off by .* nats from its forward pass"),
-    "BERT": ("bert", {}, "score is off by .* nats from its forward pass"),  # sees what follows
+    "BART": ("bart", ENCODER, "generate is off by .* nats from"),  # they ignore position_ids
+    "MBart": ("mbart", ENCODER, "generate is off by .* nats from"),
+    "Pegasus": ("pegasus", ENCODER, "generate is off by .* nats from"),
+    "Marian": ("marian", ENCODER | {"decoder_vocab_size": 64}, "generate is off by .* nats from"),
+    "BERT": ("bert", {}, "score is off by .* nats from"),  # sees what follows
     "Mamba": ("mamba", {"state_size": 4}, "cannot be sampled or scored: 'linear_attention'"),
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "cannot be sampled or scored"),
     "Llama 4": ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
-                "cannot be sampled or scored: 'chunked_attention'"),
+                "cannot be sampled or scored"),
 }
 PACKED, ROWS = ([name for name in MODELS if MODELS[name][2] == way] for way in ("packed", "rows"))
 REFUSED = [name for name in MODELS if name not in PACKED + ROWS]
@@ -102,9 +102,9 @@ def float64_throughout():
 def test_which_way(name):
     model, way = make_model(name), MODELS[name][2]
     if name in REFUSED:
-        with pytest.raises(ValueError, match=way) as refusal:
+        with pytest.raises((UserError, ValueError), match=way) as refusal:
             choose_attention(model, packed=True)
-        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 100
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 120
         return
     choose_attention(model, packed=True)
     assert Scorer(model).packed == (way == "packed")
@@ -217,7 +217,7 @@ def test_a_scale_of_the_logits(monkeypatch):
         return output
 
     monkeypatch.setattr(model, "forward", scaled)
-    with pytest.raises(ValueError, match="score is off by .* nats"):
+    with pytest.raises((UserError, ValueError), match="score is off by .* nats"):
         choose_attention(model, packed=True)
 
 
