@@ -291,7 +291,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def shard(model: nn.Module, held: torch.dtype, compute: torch.dtype, mesh) -> Scorer:
     """FSDP2: a group per decoder layer, the rest with the root; weights held in `held`, cast as
     they are cut up, so that no rank ever has all of them in it; arithmetic in `compute`, sums of
-    gradients in float32. One process in one dtype shards nothing."""
+    gradients in float32 at least. One process in one dtype shards nothing."""
     scorer = Scorer(model)
     if world_size() == 1 and held == compute:
         return cast(scorer, held)
@@ -315,7 +315,7 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
     shared = ranks == 1 and held == compute
     learner, reference = model if shared else copy.deepcopy(model), None
     sampler = cast(model, compute)
-    if config.needs_reference:
+    if config.kl_coef:
         frozen = copy.deepcopy(sampler).requires_grad_(False)
         reference = shard(frozen, compute, compute, mesh)
     # transformers' own switch needs training mode: dropout
@@ -400,14 +400,17 @@ class Config(Common):
     def __post_init__(self):
         super().__post_init__()
         self.limit = 4 if self.sanity_check else self.limit
+        if self.objective == "sft":
+            # no groups, no reference
+            self.rloo_k, self.kl_coef = 1, 0.0
         k, sequences, name = self.rloo_k, self.sequences, self.run_name
         require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
         require("/" not in (name or ""), f"run_name {name}: is a path; output_dir says where")
         require(name or self.checkpoint_path != "latest", "checkpoint_path: latest needs run_name")
-        if self.objective == "latro":
-            require(k > 1, "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
-            require(sequences % k == 0, f"rloo_k: {k} does not divide per_device_train_batch_size * "
-                                        f"gradient_accumulation_steps = {sequences}")
+        require(k > 1 or self.objective == "sft",
+                "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
+        require(sequences % k == 0, f"rloo_k: {k} does not divide per_device_train_batch_size * "
+                                    f"gradient_accumulation_steps = {sequences}")
 
     @property
     def sequences(self) -> int:
@@ -417,11 +420,7 @@ class Config(Common):
     @property
     def prompts(self) -> int:
         """Per step and rank."""
-        return self.sequences // (self.rloo_k if self.objective == "latro" else 1)
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.objective == "latro" and self.kl_coef > 0
+        return self.sequences // self.rloo_k
 
     def total_steps(self, count: int, per_step: int, step=0, consumed=0) -> int:
         """Updates of a run over `count` prompts, after `step` of them with `consumed` prompts."""
@@ -629,12 +628,11 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
     planned = state.consumed + (total - state.step) * per_step
     bar = tqdm(total=total, initial=state.step, desc=config.objective, unit="step", disable=rank() > 0)
     received, stopped = [], False
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {n: signal.signal(n, lambda *_: received.append(1)) for n in (signal.SIGTERM, signal.SIGINT)}
     while not stopped:
-        # evaluate: as often as is due after so many prompts
-        made, due = (n * config.num_evaluations // planned for n in (state.evaluated, state.consumed))
-        if made < due:
+        # evaluate: how often is due after so many prompts, at the last evaluation and now
+        last, due = (n * config.num_evaluations // planned for n in (state.evaluated, state.consumed))
+        if last < due:
             result = evaluate(config, sampler, tokenizer, examples["validation"], config.grader, 0,
                               f"validation, step {state.step}")
             names = "n accuracy answer_logprob rationale_length finished".split()
@@ -676,8 +674,8 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
         bar.update()
         state.skipped = state.skipped + 1 if row["skipped"] else 0
         if state.skipped == 10:
-            raise FloatingPointError(f"step {state.step}: ten updates in a row were not finite; lower "
-                                     f"learning_rate; the best model so far is in {directory}/best")
+            raise FloatingPointError(
+                f"step {state.step}: ten updates in a row were not finite; lower learning_rate")
         # by a signal to any rank
         stopped = any(gather(received))
         if stopped or config.save_steps and state.step % config.save_steps == 0:
@@ -729,8 +727,8 @@ def run(config, device):
                                   config.trust_remote_code)
     # the one of all rows judges them all
     examples, config.grader = load_examples(config, model, tokenizer)
-    name = f"{config.dataset_name}-{config.objective}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config.run_name = on_rank_0(lambda: config.run_name or name)
+    unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S")
+    config.run_name = on_rank_0(lambda: config.run_name or unique)
     directory = f"{config.output_dir}/{config.run_name}"
     path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
     # nothing was written so far; the lock holds until this function ends
@@ -748,7 +746,7 @@ def run(config, device):
     # FSDP's modules hold each other
     gc.collect()
     evaluate_main(["--model", directory])
-    say(f"the run: {directory}/ (curves.png, metrics.jsonl, samples.jsonl, best/, final/)")
+    say(f"the run: {directory}/")
 
 
 def main(argv: list[str]) -> None:
@@ -788,13 +786,12 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
     tokens = config.per_device_train_batch_size * (length + context / config.rloo_k)
     kept = 24 + len(layers) if config.gradient_checkpointing else 24 * len(layers)
     kept *= tokens * width * model.get_input_embeddings().weight.shape[1]
-    # whole at a time, weights and gradients: two layers, and what lies outside of them
+    # whole at a time, of both models and gradients: two layers, and what lies outside of them
     inside = sum(p.numel() for p in layers.parameters())
-    gathered = whole - inside + 2 * inside / len(layers)
-    gathered *= 4 + width * (1 + config.needs_reference)
+    gathered = (2 * width + 4) * (whole - inside + 2 * inside / len(layers))
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
-            "reference": width * part * config.needs_reference,
+            "reference": width * part * (config.kl_coef > 0),
             "KV cache": width * slot * rows * (context + length),
             "activations and gathered layers (estimate)": kept + gathered}
 
@@ -802,13 +799,14 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
 def dry_run(config):
     """Print what a run would need and do, from the model's config alone; UserError where gpu_memory
     is too little."""
-    path, ranks, trust = config.model_name_or_path, config.dry_run, config.trust_remote_code
+    path, ranks = config.model_name_or_path, config.dry_run
+    trust = {"trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
         if path.endswith(EMBEDDED_NAME):
             model, _ = embedded_model()
         else:
-            shape = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
-            model = transformers.AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
+            shape = transformers.AutoConfig.from_pretrained(path, **trust)
+            model = transformers.AutoModelForCausalLM.from_config(shape, **trust)
     needs = plan(config, model, ranks)
     most, together = max(needs, key=needs.get), sum(needs.values())
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "

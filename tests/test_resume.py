@@ -426,7 +426,7 @@ def test_plan_is_exact(kind, monkeypatch):
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
-    """Of the shape of Llama-3.1-8B, from its config alone: what the README says; too small a budget names the way out."""
+    """Of the shape of Llama-3.1-8B, from its config alone: what the README says; a budget too small names a way out."""
     AutoConfig.for_model("llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                          num_attention_heads=32, num_key_value_heads=8,
                          tie_word_embeddings=False).save_pretrained(tmp_path / "llama")
