@@ -53,8 +53,10 @@ from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decod
 # the bars are ours, for the long work
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-# oneDNN, and PyTorch's layer over it, each keep a kernel per shape, by default
-# 1,024: memory in use would grow for 100 updates. Read at their first use.
+# On a CPU, read at their first use: large tensors lie in huge pages, and oneDNN
+# and PyTorch's layer over it keep 100 kernels of as many shapes, not 1,024,
+# with which memory in use would grow for 100 updates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "100")
 

@@ -16,6 +16,10 @@ processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 # Seconds that torchrun leaves the ranks to end their step and save it, when it is told to stop; 30 by itself.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+# On a GPU: blocks that grow, in place of one per size. On a CPU: freed memory is kept for the next pass, which would else
+# get it anew, zeroed page by page.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + processes - 1) / processes ))}
 
 nodes=${NNODES:-${SLURM_NNODES:-1}}

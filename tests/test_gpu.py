@@ -132,9 +132,9 @@ def test_new_slots():
         return evaluate.KEPT[model]
 
     first = kept(2, 8)
-    assert kept(1, 200) is first and (first.width, first.slots) == (2, 256)
+    assert kept(1, 200) is first and first.size == (2, 256)
     second = kept(3, 8)
-    assert second is not first and kept(1, 300) is not second and evaluate.KEPT[model].width == 3
+    assert second is not first and kept(1, 300) is not second and evaluate.KEPT[model].size[0] == 3
     third = kept(1, 8)
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert kept(1, 8) is not third

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import latro
 
 SHORT = ("--config", "tiny.yaml", "--max_steps", 6, "--num_evaluations", 2, "--num_samples", 0, "--sanity_check", "true")
+ONE_PASS = ("--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "16")
 
 
 def weights(run):
@@ -44,10 +45,10 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(base, monkeypatch, 
     def sometimes_infinite(*arguments):
         calls.append(1)
         policy_loss, sft_loss = loss(*arguments)
-        return policy_loss * (float("inf") if (len(calls) - 1) // 2 in (2, 3) else 1), sft_loss  # before the passes and after
+        return policy_loss * (float("inf") if len(calls) in (3, 4) else 1), sft_loss
 
     monkeypatch.setattr(latro, "latro_loss", sometimes_infinite)
-    latro.main([*map(str, SHORT), "--dtype", dtype, "--run_name", f"trouble-{dtype}"])
+    latro.main([*map(str, SHORT), *ONE_PASS, "--dtype", dtype, "--run_name", f"trouble-{dtype}"])
     updates = steps(f"runs/trouble-{dtype}")
     assert [row["skipped"] for row in updates] == [0, 0, 1, 1, 0, 0]
     assert all(math.isfinite(row["grad_norm"]) for row in updates if not row["skipped"])
@@ -58,7 +59,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(base, monkeypatch, 
 @pytest.mark.parametrize("where", ["reward", "gradient"])
 def test_ten_in_a_row_end_the_run(base, monkeypatch, where):
     monkeypatch.chdir(base)
-    place, name = {"reward": (latro, "rollout_rewards"), "gradient": (torch.nn.utils, "clip_grad_norm_")}[where]
+    place, name = {"reward": (latro, "rollout_rewards"), "gradient": (latro, "clip_grad_norm_")}[where]
     right, calls = getattr(place, name), []
 
     def nan_from_the_third_on(*arguments):
@@ -68,7 +69,7 @@ def test_ten_in_a_row_end_the_run(base, monkeypatch, where):
     monkeypatch.setattr(place, name, nan_from_the_third_on)
     run = f"runs/end-{where}"
     with pytest.raises(FloatingPointError, match="step 12: ten updates in a row"):
-        latro.main([*map(str, SHORT), "--max_steps", "40", "--num_evaluations", "20", "--run_name", f"end-{where}"])
+        latro.main([*map(str, SHORT), *ONE_PASS, "--max_steps", "40", "--num_evaluations", "20", "--run_name", f"end-{where}"])
     assert [row["skipped"] for row in steps(run)] == [0, 0] + [1] * 10
     assert all(w.isfinite().all() for w in load_file(f"{run}/best/model.safetensors").values())
 
@@ -92,15 +93,20 @@ def test_nothing_unpickles_or_trusts():
     assert latro.Config().trust_remote_code is False
 
 
-def test_an_interrupted_making_of_the_base_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*unused):
-        assert os.listdir(tmp_path)
+def test_an_interrupted_making_of_the_base_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def interrupted(config, directory, *rest):
+        made.append(directory)
+        (tmp_path / directory / "config.yaml").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(latro, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        latro.make_embedded_base(str(tmp_path / "cups-base"), torch.device("cpu"))
-    assert not os.listdir(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            latro.main([])
+    assert made == ["runs/cups-base"] * 2 and not os.path.exists("runs/cups-base/final")
 
 
 def test_an_error_on_one_rank_ends_all_with_its_traceback(tmp_path):
