@@ -6,7 +6,8 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import UserError, answer_ids, decoder, end_of_turn_id, extract_number, extract_option, grade, load_rows, make_examples
+from data import (UserError, answer_ids, decoder, end_of_turn_id, extract_number, extract_option, grade, load_rows,
+                  make_examples)
 
 # --- datasets --------------------------------------------------------------------------------------------------------
 
@@ -60,16 +61,19 @@ def test_gsm8k_rows(tmp_path):
     for n in (1, 8):
         [row] = load_rows("gsm8k", "test", str(tmp_path), few_shot=n)
         prompt = row["queries"][0]["content"]
-        assert prompt.count("Q: ") == n + 1 and prompt.count("The answer is") == n and prompt.endswith("\n\nQ: How many?\nA:")
+        assert prompt.count("Q: ") == n + 1 and prompt.count("The answer is") == n
+        assert prompt.endswith("\n\nQ: How many?\nA:")
 
 
 def test_the_hubs_configurations_are_joined(monkeypatch):
     import datasets
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: [
         {"problem": f"{path} {name} {split}", "solution": r"\boxed{1}"}])
-    asked = [row["queries"][0]["content"].removesuffix(" Let's think step by step.") for row in load_rows("math", "test")]
+    asked = [row["queries"][0]["content"].removesuffix(" Let's think step by step.")
+             for row in load_rows("math", "test")]
     assert asked == [f"EleutherAI/hendrycks_math {name} test" for name in (
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")]
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+        "precalculus")]
 
 
 def test_the_rows_of_a_question_stay_together(tmp_path):
@@ -84,7 +88,8 @@ def test_the_rows_of_a_question_stay_together(tmp_path):
 def test_validation_is_drawn_from_all_over():
     """Not the first rows, and a tenth of every stretch: files may be sorted."""
     rows = [r["queries"] for r in data.cups("train")]
-    first = load_rows("cups", "validation")[0]["queries"]  # always: models of earlier versions were chosen on these rows
+    # always: models of earlier versions were chosen on these rows
+    first = load_rows("cups", "validation")[0]["queries"]
     assert first == "The ball is under cup 1. Swaps: 2-5 4-5 2-3 3-5 2-4 3-4. Where is it?"
     assert len({row["queries"] for row in load_rows("cups_base", "validation")}) == 500  # at most
     at = sorted(map(rows.index, (r["queries"] for r in load_rows("cups", "validation"))))
@@ -92,7 +97,8 @@ def test_validation_is_drawn_from_all_over():
 
 
 def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
-    arc = {"question": "What melts?", "choices": {"text": ["ice", "dry ice"], "label": ["1", "2"]}, "answerKey": "2", "id": "x"}
+    arc = {"question": "What melts?", "choices": {"text": ["ice", "dry ice"], "label": ["1", "2"]}, "answerKey": "2",
+           "id": "x"}
     write(tmp_path / "test.jsonl", [arc])
     [row] = load_rows("arc_challenge", "test", str(tmp_path))
     assert row["queries"][0]["content"] == (
@@ -107,13 +113,15 @@ def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
     write(tmp_path / "test.jsonl", [arc])
     assert [(row["responses"], row["groundtruth"]) for row in load_rows("arc_challenge", "test", str(tmp_path))] == [
         ("The answer is It does.", "It does.")]
-    write(tmp_path / "test.jsonl", [{"problem": "p", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "1", "type": "a"}])
+    write(tmp_path / "test.jsonl", [{"problem": "p", "solution": r"So $x=\boxed{\frac{1}{2}}$.", "level": "1",
+                                     "type": "a"}])
     [row] = load_rows("math", "test", str(tmp_path))
     assert row["rationales"] == r"So $x=\boxed{\frac{1}{2}}$." + "\n"
     assert row["groundtruth"] == r"\frac{1}{2}" and row["responses"] == r"The answer is $\frac{1}{2}$."
     boxes = {r"\boxed{a} or \fbox{3}": "3", r"\boxed 2$": "2", r"\boxed{\{1\}}": r"\{1\}", r"\boxed{1": None, "2": None}
     assert {text: data.last_boxed(text) for text in boxes} == boxes
-    write(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "2+2=4\n#### 4"}])
+    write(tmp_path / "train.jsonl",
+          [{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "2+2=4\n#### 4"}])
     assert [row["groundtruth"] for row in load_rows("gsm8k", "all", str(tmp_path / "train.jsonl"))] == ["2", "4"]
 
 
@@ -124,17 +132,20 @@ def test_all_is_both_parts():
 def test_parquet_through_the_datasets_library(tmp_path, monkeypatch):
     import pandas
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    pandas.DataFrame([{"question": "1+1?", "answer": "2\n#### 2"}] * 3).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    pandas.DataFrame([{"question": "1+1?",
+                       "answer": "2\n#### 2"}] * 3).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     assert [r["groundtruth"] for r in load_rows("gsm8k", "test", str(tmp_path))] == ["2"] * 3
     for name, answer in (("main", "3"), ("socratic", "4")):  # without the README that declares the configurations
         (tmp_path / "hub" / name).mkdir(parents=True)
-        pandas.DataFrame([{"question": "1+2?", "answer": f"#### {answer}"}] * 2).to_parquet(tmp_path / f"hub/{name}/test-0.parquet")
+        pandas.DataFrame([{"question": "1+2?",
+                           "answer": f"#### {answer}"}] * 2).to_parquet(tmp_path / f"hub/{name}/test-0.parquet")
     assert [r["groundtruth"] for r in load_rows("gsm8k", "test", str(tmp_path / "hub"))] == ["3"] * 2
 
 
 def test_a_dataset_is_one_function_and_one_entry(monkeypatch):
     monkeypatch.setitem(data.DATASETS, "mine", (lambda split, path: [
-        {"queries": f"{i}+1?", "responses": f"The answer is {i + 1}.", "groundtruth": str(i + 1)} for i in range(20)], "number"))
+        {"queries": f"{i}+1?", "responses": f"The answer is {i + 1}.", "groundtruth": str(i + 1)} for i in range(20)],
+        "number"))
     assert len(load_rows("mine", "train")) == 18
 
 
@@ -150,7 +161,8 @@ QWEN = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # kind: template, special tokens, BOS, EOS, whether the tokenizer itself adds a BOS, end of turn, metaspace
 KINDS = {
-    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                        "<|eot_id|>"],
                "<|begin_of_text|>", "<|end_of_text|>", True, "<|eot_id|>", False),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", True, "</s>", True),
     "phi3.5": (PHI35, ["<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"], "<s>", "<|endoftext|>", False,
@@ -166,14 +178,16 @@ def make_tokenizer(kind):
     if metaspace:  # as in sentencepiece: a space before the first word of a text
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = tokenizers.decoders.Sequence(
-            [tokenizers.decoders.Metaspace(prepend_scheme="first"), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+            [tokenizers.decoders.Metaspace(prepend_scheme="first"), tokenizers.decoders.ByteFallback(),
+             tokenizers.decoders.Fuse()])
         alphabet = [*map(chr, range(32, 127)), "\n", "▁"]
     else:
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     text = ["The answer is 18. What is two and two? Let's think step by step. user assistant"] * 3
-    tokenizer.train_from_iterator(text, tokenizers.trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(text,
+                                  tokenizers.trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
     if adds_bos:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
@@ -200,7 +214,8 @@ def test_templates(kind):
     # x⊕z⊕y is what the whole text tokenises to, whether z ends in white space or not
     decode = decoder(tokenizer)
     for rationale, sep in (("Two and two.", " "), ("Two and two.\n", ""), ("\nTwo", " "), (" Two ", ""), ("", " ")):
-        [z] = (e.rationale for e in make_examples(tokenizer, [{"queries": "Q", "responses": "A", "rationales": rationale}]))
+        rows = [{"queries": "Q", "responses": "A", "rationales": rationale}]
+        [z] = (e.rationale for e in make_examples(tokenizer, rows))
         if not rationale:
             sep = "" if decode(example.prompt)[-1:].isspace() else " "
         y = answer_ids(example, z, decode)
@@ -250,7 +265,8 @@ def test_smollm2_prompt_keeps_its_end_of_turn_tokens(smollm2, gsm8k):
 
 def test_prompts_beyond_the_context_are_named():
     with pytest.raises(UserError, match="context"):
-        make_examples(make_tokenizer("qwen"), [{"queries": "x" * 300, "responses": "A", "groundtruth": "A"}], context=100)
+        make_examples(make_tokenizer("qwen"), [{"queries": "x" * 300, "responses": "A", "groundtruth": "A"}],
+                      context=100)
     row = {"queries": "x" * 90, "responses": "!" * 9, "groundtruth": "A"}
     [example] = make_examples(make_tokenizer("qwen"), [row])
     whole = len(example.prompt) + max(map(len, example.answers))
@@ -261,36 +277,44 @@ def test_prompts_beyond_the_context_are_named():
 
 # --- grading ---------------------------------------------------------------------------------------------------------
 NUMBERS = [
-    ("$1,234.50", "1234.5"), ("18.", "18"), ("18.00", "18"), ("−5", "-5"), ("-5", "-5"), ("5%", "5"), (r"\boxed{72}", "72"),
+    ("$1,234.50", "1234.5"), ("18.", "18"), ("18.00", "18"), ("−5", "-5"), ("-5", "-5"), ("5%", "5"),
+    (r"\boxed{72}", "72"),
     ("#### 18", "18"), ("**18**", "18"), ("The answer is 18 eggs.", "18"), ("none at all", None), ("", None),
     ("The answer is 3. The answer is 4.", "4"), ("First 3, then 7.", "7"), ("The answer is: $18.", "18"),
     ("The answer is **18**.", "18"), ("the ANSWER is 1,000,000", "1000000"), ("9007199254740993", "9007199254740993"),
     ("The answer is 123456789012345678901234567890.", "123456789012345678901234567890"), ("0.50", "0.5"), (".5", "0.5"),
-    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("007", "7"), ("-0", "0"), ("3-4 = -1", "-1"), ("10-3=7", "7"),
+    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("007", "7"), ("-0", "0"), ("3-4 = -1", "-1"),
+    ("10-3=7", "7"),
     ("5 * 3 = 15 apples", "15"), ("It costs $5.", "5"), (r"\boxed{1,000}", "1000"), (r"so $\boxed{-3}$ it is 4", "-3"),
     ("The answer is 5 because 2 + 3", "5"), ("#### 1,200\n", "1200"), ("v2.0 gives 18", "18"),
     ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
     ("The answer is --5", "-5"), ("-$-5", "-5"), ("The answer is - 5", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"),
-    (r"The answer is $1{,}234$.", "1234"), (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"), (r"is -\$5", "-5"), ("-€5", "-5"),
+    (r"The answer is $1{,}234$.", "1234"), (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"),
+    (r"is -\$5", "-5"), ("-€5", "-5"),
     (r"\boxed{3}, so the answer is 4", "4"), (r"\boxed{3}? No: \boxed{5}", "5"),
 ]
 OPTIONS = ["water", "saltwater", "salt water", "wind"]
 CHOICES = [
-    ("The answer is water.", "water"), ("The answer is saltwater.", "saltwater"), ("The answer is salt water.", "salt water"),
+    ("The answer is water.", "water"), ("The answer is saltwater.", "saltwater"),
+    ("The answer is salt water.", "salt water"),
     ("The answer is (B).", "saltwater"), ("The answer is B", "saltwater"), ("The answer is B. saltwater", "saltwater"),
     ("The answer is D) wind", "wind"), ("The answer is ['wind'].", "wind"), ("The answer is 'wind'.", "wind"),
     ("the answer is: Wind", "wind"), ("The answer is water or wind.", None), ("The answer is neither.", None),
     ("The answer is the wind, of course.", "wind"), ("The answer is E.", None), ("I think\nwind", "wind"),
-    ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"), ("The answer is 2.", "saltwater"),
-    ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None), ("The answer is (wind)", "wind"),
+    ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"),
+    ("The answer is 2.", "saltwater"),
+    ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None),
+    ("The answer is (wind)", "wind"),
     (r"The final answer is: $\boxed{B}$.", "saltwater"), ("Answer: B", "saltwater"), ("**Answer:** (B)", "saltwater"),
     ("So I take choice B", None), ("choice B", "saltwater"), ("The answer is the salt water here.", "salt water"),
 ]
 FORCES, COUNTS, WEATHER = ["2.5 N", "1.5 N", "3.5 N", "+"], ["5", "10", "15", "1"], ["rain", "train"]
 MORE_CHOICES = [
-    (FORCES, "The answer is 2.5 N to the left.", "2.5 N"), (FORCES, "The answer is 1.5 N, east", "1.5 N"), (FORCES, "", None),
+    (FORCES, "The answer is 2.5 N to the left.", "2.5 N"), (FORCES, "The answer is 1.5 N, east", "1.5 N"),
+    (FORCES, "", None),
     (FORCES, "The answer is.", None), (FORCES, "The answer is 1.", "2.5 N"), (COUNTS, "The answer is 1, because", "1"),
-    (COUNTS, "The answer is 5, since", "5"), (COUNTS, "The answer is 2.", "10"), (WEATHER, "It is rain, not a train", None)]
+    (COUNTS, "The answer is 5, since", "5"), (COUNTS, "The answer is 2.", "10"),
+    (WEATHER, "It is rain, not a train", None)]
 
 
 @pytest.mark.parametrize("text, expected", NUMBERS)
@@ -309,14 +333,18 @@ def test_options_that_hold_numbers_or_each_other(options, text, expected):
 
 
 @pytest.mark.parametrize("grader, text, truth, correct", [
-    ("number", "The answer is 18.0 dollars", "18", True), ("number", "The answer is 18.\n\nQ: 1+1?\nA: The answer is 2.", "18", True),
+    ("number", "The answer is 18.0 dollars", "18", True),
+    ("number", "The answer is 18.\n\nQ: 1+1?\nA: The answer is 2.", "18", True),
     ("number", "19", "18", False), ("number", "", "18", False),
-    ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True), ("text", "It is\nLondon", "Paris", False),
+    ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True),
+    ("text", "It is\nLondon", "Paris", False),
     ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
     ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
-    ("text", "The answer is C.", "C++", False), ("text", "The answer is **C++**.", "C++", True), ("text", "A", "A-", False),
+    ("text", "The answer is C.", "C++", False), ("text", "The answer is **C++**.", "C++", True),
+    ("text", "A", "A-", False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
-    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False), ("math", r"The answer is \(x+1\), at last", "1+x", True),
+    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False),
+    ("math", r"The answer is \(x+1\), at last", "1+x", True),
     ("math", "The answer is $(1,2)$.", "1 < x < 2", True), ("math", "The answer is $1 < x < 2$.", "(1,2)", False),
     *[("math", f"The answer is ${truth}$.{more}", truth, True) for more in ("", " I hope it is correct.") for truth in (
         r"\frac{1}{2}", r"2\sqrt{3}", r"(-\infty,3]", r"\{1,2\}", r"x^{2}+1", r"\text{east}", "5!", r"\$3.50", "|x|")],

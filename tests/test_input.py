@@ -17,8 +17,10 @@ import evaluate
 import latro
 from data import UserError, embedded_model, load_rows
 
-GOOD = {"queries": "The ball is under cup 1. Swaps: 1-2. Where is it?", "responses": "The answer is 2.", "groundtruth": "2"}
-MANY = [GOOD | {"queries": f"The ball is under cup {i // 4 + 1}. Swaps: 1-{i % 4 + 2}. Where is it?"} for i in range(20)]
+GOOD = {"queries": "The ball is under cup 1. Swaps: 1-2. Where is it?", "responses": "The answer is 2.",
+        "groundtruth": "2"}
+MANY = [GOOD | {"queries": f"The ball is under cup {i // 4 + 1}. Swaps: 1-{i % 4 + 2}. Where is it?"}
+        for i in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def place(tmp_path_factory):
     model, tokenizer = embedded_model()
     model.save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
-    for name in ("no_weights", "cut_weights", "no_tokenizer", "small_embedding", "no_eos", "missing_weights", "bad_config"):
+    for name in ("no_weights", "cut_weights", "no_tokenizer", "small_embedding", "no_eos", "missing_weights",
+                 "bad_config"):
         shutil.copytree(place / "model", place / name)
     os.remove(place / "no_weights/model.safetensors")
     with open(place / "cut_weights/model.safetensors", "r+b") as file:
@@ -65,7 +68,8 @@ def place(tmp_path_factory):
     write("no_tokens.jsonl", *MANY[:19], GOOD | {"queries": [{"role": "user", "content": ""}]})
     write("options.jsonl", *[row | {"options": [1, 2]} for row in MANY])
     write("long_rationale.jsonl", *[row | {"rationales": "cup " * 240} for row in MANY])
-    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m.content }}{% endfor %}"
+    strict = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+              "{{ m.content }}{% endfor %}")
     shutil.copytree(place / "model", place / "strict")
     (place / "strict/chat_template.jinja").write_text(strict)
     write("long.jsonl", *MANY[:19], GOOD | {"queries": "cup " * 400})
@@ -95,8 +99,8 @@ def place(tmp_path_factory):
     (place / "runs/trained").mkdir()
     write("runs/trained/config.yaml", "dataset_name: cups\nmodel_name_or_path: m")
     write("runs/trained/metrics.jsonl")
-    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=4,
-                                   n_groups=1)).save_pretrained(place / "mamba")
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_heads=4,
+                                   head_dim=8, state_size=4, n_groups=1)).save_pretrained(place / "mamba")
     tokenizer.save_pretrained(place / "mamba")
     write("a_file", "x")
     return place
@@ -104,35 +108,49 @@ def place(tmp_path_factory):
 
 JSONL = "--dataset_name jsonl --dataset_path "
 TRAINING = [  # arguments of latro.py → what the line must say
-    ("--learning_rat 1", "learning_rat: unknown key; did you mean learning_rate"), ("--qqq 1", "qqq: unknown key; did you mean --help"),
+    ("--learning_rat 1", "learning_rat: unknown key; did you mean learning_rate"),
+    ("--qqq 1", "qqq: unknown key; did you mean --help"),
     ("--rloo_k many", "rloo_k.*many"), ("--rloo_k 2.5", "rloo_k.*2.5"), ("--learning_rate fast", "learning_rate.*fast"),
-    ("--sanity_check maybe", "sanity_check.*maybe"), ("--objective ppo", "objective.*ppo"), ("--reward none", "reward.*none"),
+    ("--sanity_check maybe", "sanity_check.*maybe"), ("--objective ppo", "objective.*ppo"),
+    ("--reward none", "reward.*none"),
     ("--stop_token end", "stop_token.*end"), ("--dtype int8", "dtype.*int8"), ("--seed", "seed"), ("stray", "stray"),
     ("--rloo_k 1", "rloo_k: 1 .*baseline"), ("--rloo_k 3", "rloo_k: 3 does not divide"), ("--rloo_k 0", "rloo_k"),
     ("--temperature 0", "temperature: 0"), ("--temperature -1", "temperature"), ("--temperature nan", "temperature"),
     ("--kl_coef -0.1", "kl_coef"), ("--kl_coef nan", "kl_coef"), ("--sft_penalty inf", "sft_penalty"),
     ("--max_steps 0", "max_steps"), ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
     ("--penalty_reward_value 0.5", "penalty_reward_value"), ("--num_train_epochs 0", "num_train_epochs"),
-    ("--response_length 0", "response_length"), ("--num_samples -1", "num_samples"), ("--num_evaluations 0", "num_evaluations"),
+    ("--response_length 0", "response_length"), ("--num_samples -1", "num_samples"),
+    ("--num_evaluations 0", "num_evaluations"),
     ("--max_grad_norm -1", "max_grad_norm"), ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
-    ("--config missing.yaml", "missing.yaml"), ("--config list.yaml", "list.yaml"), ("--config broken.yaml", "broken.yaml"),
-    ("--config binary.yaml", "binary.yaml"), ("--config unknown.yaml", "learnin_rate: unknown key; did you mean learning_rate"),
-    ("--config typed.yaml", "rloo_k.*many"), ("--config empty_stop.yaml", "stop_seqs: an empty string"), ("--config", "config"),
+    ("--config missing.yaml", "missing.yaml"), ("--config list.yaml", "list.yaml"),
+    ("--config broken.yaml", "broken.yaml"),
+    ("--config binary.yaml", "binary.yaml"),
+    ("--config unknown.yaml", "learnin_rate: unknown key; did you mean learning_rate"),
+    ("--config typed.yaml", "rloo_k.*many"), ("--config empty_stop.yaml", "stop_seqs: an empty string"),
+    ("--config", "config"),
     ("--dataset_name gsm9k", "gsm9k: unknown; choose one of"), ("--dataset_name jsonl", "needs dataset_path"),
     (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
-    (JSONL + "one.jsonl", "1 training questions"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"), (JSONL + "list.jsonl", "line 2"),
-    (JSONL + "no_column.jsonl", "row 2: no column responses"), (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
-    (JSONL + "empty_query.jsonl", "row 2: column queries is empty"), (JSONL + "number_answer.jsonl", "row 2: column responses"),
-    (JSONL + "bad_messages.jsonl", "row 2: column queries"), (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
-    (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"), (JSONL + "latin.jsonl", "UTF-8"),
-    (JSONL + "surrogate.jsonl", "line 20: .*surrogates"), (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
-    (JSONL + "no_tokens.jsonl", "queries: .* has no tokens"), (JSONL + "options.jsonl --grader option", "grader option"),
+    (JSONL + "one.jsonl", "1 training questions"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"),
+    (JSONL + "list.jsonl", "line 2"),
+    (JSONL + "no_column.jsonl", "row 2: no column responses"),
+    (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
+    (JSONL + "empty_query.jsonl", "row 2: column queries is empty"),
+    (JSONL + "number_answer.jsonl", "row 2: column responses"),
+    (JSONL + "bad_messages.jsonl", "row 2: column queries"),
+    (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
+    (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"),
+    (JSONL + "latin.jsonl", "UTF-8"),
+    (JSONL + "surrogate.jsonl", "line 20: .*surrogates"),
+    (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
+    (JSONL + "no_tokens.jsonl", "queries: .* has no tokens"),
+    (JSONL + "options.jsonl --grader option", "grader option"),
     (JSONL + "long_rationale.jsonl --objective sft", "its rationale and its answer take 2.. tokens"),
     (JSONL + "nothing", "nothing"), ("--dataset_name gsm8k --dataset_path gsm", "no column (question|answer)"),
     ("--dataset_name gsm8k --dataset_path gsm.jsonl", "gsm.jsonl, row 1: column answer is no str"),
     ("--dataset_name arc_challenge --dataset_path arc.jsonl", "arc.jsonl, row 1: column choices is no dict"),
     (JSONL + "letters.jsonl --grader option", "groundtruth 'B' is none of its row's options"),
-    ("--dataset_name arc_challenge --dataset_path arc", "answerKey"), ("--dataset_name math --dataset_path math", "math"),
+    ("--dataset_name arc_challenge --dataset_path arc", "answerKey"),
+    ("--dataset_name math --dataset_path math", "math"),
     (JSONL + "good.jsonl --grader option", "grader option"), (JSONL + "good.jsonl --grader guess", "grader.*guess"),
     (JSONL + "good.jsonl --model_name_or_path ./nowhere", "nowhere: cannot be used"),
     (JSONL + "good.jsonl --model_name_or_path a_file", "a_file: cannot be used"),
@@ -141,25 +159,32 @@ TRAINING = [  # arguments of latro.py → what the line must say
         "nothing", "no_weights", "cut_weights", "no_tokenizer", "small_embedding", "missing_weights", "bad_config")],
     (JSONL + "good.jsonl --model_name_or_path no_eos", "EOS"),
     (JSONL + "good.jsonl --run_name held", "runs/held: holds a run already"),
-    (JSONL + "only_train", "split test"), (JSONL + "good.jsonl --shard_size 3", "shard_size: 3 does not divide the 1 ranks"),
+    (JSONL + "only_train", "split test"),
+    (JSONL + "good.jsonl --shard_size 3", "shard_size: 3 does not divide the 1 ranks"),
     (JSONL + "good.jsonl --checkpoint_path nothing", "checkpoint_path nothing: no whole checkpoint"),
-    (JSONL + "good.jsonl --checkpoint_path latest", "checkpoint_path: latest needs run_name"), ("--stop_seqs The --objective sft --temperature 0", "temperature"),
+    (JSONL + "good.jsonl --checkpoint_path latest", "checkpoint_path: latest needs run_name"),
+    ("--stop_seqs The --objective sft --temperature 0", "temperature"),
     (JSONL + "good.jsonl --output_dir a_file", "a_file"), (JSONL + "good.jsonl --run_name a/b", "run_name"),
     (JSONL + "good.jsonl --attn_implementation sdpaa", "sdpaa"),
 ]
 JUDGING = [
-    ("", "no trained run"), ("--model beside/model", "dataset_name"), ("--out x.json --model", "model"), ("--out x.json", "model"),
+    ("", "no trained run"), ("--model beside/model", "dataset_name"), ("--out x.json --model", "model"),
+    ("--out x.json", "model"),
     ("--model runs/cups-base/final --dataset_name cups", "latro.py` makes it"),
-    ("--model model --dataset_name jsonl --dataset_path good.jsonl --split test", "single file"), ("--model model", "dataset_name"), ("--model ./nowhere --dataset_name cups", "nowhere"),
+    ("--model model --dataset_name jsonl --dataset_path good.jsonl --split test", "single file"),
+    ("--model model", "dataset_name"), ("--model ./nowhere --dataset_name cups", "nowhere"),
     ("--model model --dataset_name cup", "did you mean|choose one of"), ("--modle model", "did you mean model"),
-    ("--model model --dataset_name cups --split dev", "split dev"), ("--model model --dataset_name cups --few_shot 8", "few_shot"),
-    ("--model model --dataset_name gsm8k --few_shot 9", "few_shot"), ("--model model --dataset_name cups --limit 0", "limit"),
+    ("--model model --dataset_name cups --split dev", "split dev"),
+    ("--model model --dataset_name cups --few_shot 8", "few_shot"),
+    ("--model model --dataset_name gsm8k --few_shot 9", "few_shot"),
+    ("--model model --dataset_name cups --limit 0", "limit"),
     ("--model model --dataset_name cups --num_samples -1", "num_samples"),
     ("--model model --dataset_name cups --num_samples 2 --temperature 0", "temperature"),
     ("--model model --dataset_name cups --response_length -1", "response_length"),
     ("--model model --dataset_name cups --limit 2 --out nowhere/x.json", "nowhere/x.json"),
     ("--model model --dataset_name cups --limit 2 --out runs", "out runs: no file in an existing folder"),
-    ("--model runs/trained --out x.json", "out x.json: is one file"), ("--model runs/trained", "model m: cannot be used"),
+    ("--model runs/trained --out x.json", "out x.json: is one file"),
+    ("--model runs/trained", "model m: cannot be used"),
     ("--model runs/trained/best", "model runs/trained/best: cannot be used"),
     ("--model mamba --dataset_name cups", "model mamba: cannot be used .it cannot be sampled or scored"),
 ]
@@ -194,7 +219,8 @@ def test_bad_input(place, monkeypatch, main, arguments, says):
 
 @pytest.mark.parametrize("name, says", [("latro.py", "objective"), ("evaluate.py", "objective")])
 def test_one_line_and_exit_code_2(place, name, says):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, name), "--objective", "ppo"], cwd=place, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, name), "--objective", "ppo"], cwd=place,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and says in line
@@ -208,9 +234,9 @@ def test_no_space_left_on_the_device(place, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    arguments = (JSONL + "good.jsonl --model_name_or_path model --max_steps 1 --response_length 8 --run_name full").split()
+    arguments = JSONL + "good.jsonl --model_name_or_path model --max_steps 1 --response_length 8 --run_name full"
     with pytest.raises(UserError, match="full/best: cannot be written.*No space left on device"):
-        latro.main(arguments)
+        latro.main(arguments.split())
     assert not os.path.exists(place / "runs/full/best") and not os.path.exists(place / "runs/full/best.partial")
     shutil.rmtree(place / "runs/full")
 
@@ -225,7 +251,7 @@ def test_a_head_that_is_not_the_models_is_found_before_anything_is_written(place
 
 
 def test_wandb(place, monkeypatch):
-    """Missing: said before anything is written. There: every row of metrics is logged, evaluations under their split."""
+    """Missing: said before anything is written. There: every row is logged, evaluations under their split."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("WANDB_PROJECT", "p")
     arguments = (JSONL + "good.jsonl --model_name_or_path model --response_length 8 --max_steps 2 --run_name w").split()
@@ -235,7 +261,8 @@ def test_wandb(place, monkeypatch):
         latro.main(arguments)
     assert not os.path.exists("runs/w")
     rows = []
-    wandb = types.SimpleNamespace(init=lambda **options: types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step})))
+    run = types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step}))
+    wandb = types.SimpleNamespace(init=lambda **options: run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name == "wandb" else find(name, *rest))
     latro.main(arguments)
@@ -249,8 +276,8 @@ def test_what_looks_odd_but_is_right(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", "")
     (place / "odd.yaml").write_text("stop_seqs: ['---', '-x']")
-    latro.main(("--config odd.yaml --num_train_epochs 0.001 --response_length 8 --run_name odd --model_name_or_path model "
-                + JSONL + "good.jsonl").split())
+    latro.main(("--config odd.yaml --num_train_epochs 0.001 --response_length 8 --run_name odd --model_name_or_path "
+                "model " + JSONL + "good.jsonl").split())
     settings = evaluate.read_yaml("runs/odd/config.yaml")
     assert settings["stop_seqs"] == ["---", "-x"] and "commit unknown" in open("runs/odd/config.yaml").readline()
     assert sum("reward" in line for line in open("runs/odd/metrics.jsonl")) == 1
@@ -265,7 +292,8 @@ def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypat
     seen, arguments = [], (JSONL + "mixed.jsonl --response_length 8 --limit 1").split()
     monkeypatch.setattr(evaluate, "load_model", lambda *a: 1 / 0)
     check_rows = evaluate.check_rows
-    monkeypatch.setattr(evaluate, "check_rows", lambda rows, grader: seen.append((len(rows), grader)) or check_rows(rows, grader))
+    monkeypatch.setattr(evaluate, "check_rows", lambda rows, grader: seen.append((len(rows), grader))
+                        or check_rows(rows, grader))
     with pytest.raises(ZeroDivisionError):
         latro.main([*arguments, "--model_name_or_path", "model", "--max_steps", "1", "--run_name", "mixed"])
     assert seen == [(1, "text")]  # its closing table: the validation rows
@@ -288,5 +316,6 @@ def test_good_rows_load(place):
 
 def test_output_that_cannot_show_every_letter():
     command = [sys.executable, "-c", "from evaluate import run_script; run_script(lambda argv: print('log π'))"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True,
+                          text=True)
     assert (done.returncode, done.stdout) == (0, "log ?\n"), done.stderr

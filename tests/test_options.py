@@ -194,9 +194,9 @@ def test_every_key_of_training_arrives(apart, monkeypatch):
     monkeypatch.setattr(latro, "set_out", lambda *a: made.append(set_out(*a)) or made[-1])
     chosen, keys = [], []
     for seed in ("0", "1"):
-        latro.main([*SHORT, "--max_steps", "3", "--seed", seed, "--run_name", seed, "--rloo_k", "4", "--stop_token", "both",
-                    "--stop_seqs", "Hmm", "--temperature", "0.7", "--rollout_batch_size", "5", "--kl_coef", seed,
-                    "--gradient_checkpointing", "true", "--dtype", "bfloat16" if seed == "1" else "float32"])
+        latro.main([*SHORT, "--max_steps", "3", "--seed", seed, "--run_name", seed, "--rloo_k", "4", "--stop_token",
+                    "both", "--stop_seqs", "Hmm", "--temperature", "0.7", "--rollout_batch_size", "5", "--kl_coef",
+                    seed, "--gradient_checkpointing", "true", "--dtype", "bfloat16" if seed == "1" else "float32"])
         chosen += [[e.row["queries"] for e in a[5]] for a in seen]
         keys += [key for a in seen for key in a[6]]
         (policy, reference, *_), *_ = seen
@@ -215,13 +215,15 @@ def test_every_key_of_training_arrives(apart, monkeypatch):
         assert all(0.2 < row["work_ratio"] < 1 for row in steps)
         for calls in (seen, drawn, made):
             calls.clear()
-    assert len({*map(str, chosen)}) == 6 and len({*keys}) == 12  # the order and the randomness are the seed's and the step's
+    # the order and the randomness are the seed's and the step's
+    assert len({*map(str, chosen)}) == 6 and len({*keys}) == 12
 
 
 def test_the_best_model_is_that_of_validation(apart, monkeypatch):
     """Of equals the later; judged on validation rows, by training's own settings."""
     accuracies, exported, judged, export, real = iter([0.9, 0.5, 0.2, 0.5, 0.1]), [], [], latro.export, latro.evaluate
-    monkeypatch.setattr(latro, "export", lambda folder, *a: exported.append(os.path.basename(folder)) or export(folder, *a))
+    monkeypatch.setattr(latro, "export", lambda folder, *a: exported.append(os.path.basename(folder))
+                        or export(folder, *a))
 
     def fixed(*arguments):
         judged.append(arguments)
@@ -229,8 +231,8 @@ def test_the_best_model_is_that_of_validation(apart, monkeypatch):
         return real(*arguments) | {"accuracy": next(accuracies)}
 
     monkeypatch.setattr(latro, "evaluate", fixed)
-    latro.main([*SHORT, "--max_steps", "4", "--num_evaluations", "4", "--run_name", "x", "--stop_token", "pad", "--stop_seqs",
-                "Hmm", "--per_device_eval_batch_size", "3", "--seed", "5"])
+    latro.main([*SHORT, "--max_steps", "4", "--num_evaluations", "4", "--run_name", "x", "--stop_token", "pad",
+                "--stop_seqs", "Hmm", "--per_device_eval_batch_size", "3", "--seed", "5"])
     assert exported == [0, 1, "best", 2, 3, "best", 4, "final"]
     expected = [row["queries"] for row in data.load_rows("cups", "validation")[:4]]
     for settings, _, _, examples, grader, num_samples, _ in judged:
@@ -254,7 +256,8 @@ def test_a_models_own_code_runs_by_its_key_only(tmp_path, monkeypatch):
 def test_limit_and_sanity_check():
     model, tokenizer = data.embedded_model()
     for keys, sizes in (({"limit": 7}, [3600, 7, 7]), ({"sanity_check": True}, [16, 4, 4])):
-        examples, _ = latro.load_examples(latro.Config(dataset_name="cups", response_length=24, **keys), model, tokenizer)
+        examples, _ = latro.load_examples(latro.Config(dataset_name="cups", response_length=24, **keys), model,
+                                          tokenizer)
         assert [len(examples[name]) for name in ("train", "validation", "closing")] == sizes
 
 
