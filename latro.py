@@ -542,6 +542,8 @@ def begin(directory, config, state):
     later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state.step]
     for path in [*later, f"{directory}/final"]:
         shutil.rmtree(path, ignore_errors=True)
+    for path in Path(directory).glob("evaluation-*.json"):
+        path.unlink()
     for name, size in state.logs.items():
         with open(f"{directory}/{name}", "ab") as file:
             file.truncate(min(size, file.tell()))

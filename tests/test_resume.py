@@ -114,8 +114,9 @@ def test_what_gets_no_gradient_has_no_moments_in_a_checkpoint(tmp_path):
 
 
 BY_EPOCHS = ("--model_name_or_path", "runs/cups-base/final", "--dataset_name", "cups", "--sanity_check", "true",
-             "--rloo_k", "2", "--num_train_epochs", "3", "--learning_rate", "1e-4", "--response_length", "8",
-             "--num_evaluations", "2", "--save_steps", "1", "--save_total_limit", "99", "--dtype", "float32")
+             "--rloo_k", "2", "--per_device_train_batch_size", "4", "--num_train_epochs", "3", "--learning_rate",
+             "1e-4", "--response_length", "8", "--num_evaluations", "2", "--save_steps", "1", "--save_total_limit",
+             "99", "--dtype", "float32")
 
 
 def test_a_run_by_epochs_continues_with_another_batch(apart):
