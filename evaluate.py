@@ -50,7 +50,7 @@ from transformers.masking_utils import sdpa_mask
 from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
                   end_of_turn_id, first_line, grade, load_rows, make_examples, prompt_text, require)
 
-# the bars are ours, for the long work
+# bars for the long work are ours
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 # On a CPU, read at their first use: large tensors lie in huge pages, and oneDNN
@@ -204,11 +204,11 @@ def generate(
         capture = model.device.type == "cuda"
     width = min(batch_size or len(rows), len(rows))
     slots = max(map(len, prompts), default=0) + max_new_tokens
-    # the next one is the last
+    # taken from the end
     waiting = rows[::-1] if max_new_tokens else []
     # batch[i] has row i of the cache
     batch: list[Row] = []
-    # by prompt, while samples of it wait
+    # prompt → its row, while samples of it wait
     prefilled: dict[int, list] = {}
     cache = None
     while waiting or batch:
@@ -288,7 +288,7 @@ def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
     held = (0, 0) if cache is None else cache.size
     size = max(width, held[0]), max(-(-slots // 256) * 256, held[1])
     if cache is None or (cache.weights, held) != (weights, size):
-        # its memory goes before more is taken
+        # let go of its memory before more is taken
         cache = None
         cache = Slots(like, *size)
         cache.weights, cache.size, cache.pool = weights, size, None
@@ -308,7 +308,7 @@ def replay(model, cache: Slots, state: torch.Tensor, temperature: float):
     shape = n, cache.seen, temperature
     if cache.graphs is not None and shape not in cache.graphs:
         capture_step(model, cache, state, temperature, shape)
-    # on a CPU, or where the model reads the host
+    # there are none on a CPU, or where the model reads the host
     if cache.graphs is None:
         return step(model, cache, state, temperature)
     graph, static, drawn = cache.graphs[shape]
@@ -320,7 +320,7 @@ def replay(model, cache: Slots, state: torch.Tensor, temperature: float):
 def capture_step(model, cache: Slots, state, temperature: float, shape) -> None:
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        # that this mode is a prototype
+        # it warns that this mode is a prototype
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -386,7 +386,7 @@ class Rollout:
     actions: list[int]
     answer: list[int]
     finished: bool = True
-    # y begins with the stop, or it is one token
+    # whether y begins with the stop, or the stop is one token
     stop_in_answer: bool = True
     # log π(z|x), as it was sampled
     sampler_logprob: float = math.nan
@@ -441,7 +441,8 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-# once per pass, not per layer; a backward pass may need them
+# kept for all layers of a pass; no inference tensors: a backward pass may
+# need them
 @functools.lru_cache(maxsize=1)
 @torch.inference_mode(False)
 def gathered(segments: tuple, device):
@@ -478,7 +479,7 @@ def varlen_kernel() -> Callable:
             *inputs, softmax_scale=scaling, causal=True, window_size=window)
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
-    # torch 2.11 does it unasked
+    # torch 2.11 groups heads unasked
     known = inspect.signature(varlen_attn).parameters
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
     return lambda *inputs, scaling, window: varlen_attn(
@@ -549,19 +550,17 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.packed = model.config._attn_implementation == "packed"
-        # pushed through the model so far
+        # how many were pushed through the model so far
         self.positions = 0
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         config = self.model.config.get_text_config()
         logits = self.model.get_output_embeddings()(hidden)
-        # Cohere
+        # Cohere's, Granite's and Gemma's ways to change them
         if scale := getattr(config, "logit_scale", None):
             logits = logits * scale
-        # Granite
         if scale := getattr(config, "logits_scaling", None):
             logits = logits / scale
-        # Gemma
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -755,7 +754,7 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
         held = model.get_input_embeddings().num_embeddings
         require(max([tokenizer.vocab_size - 1, *ordinary]) < held,
                 f"its tokenizer has {len(tokenizer)} tokens, its embedding {held}")
-        choose_attention(model.to(device).eval(), packed=own is None)
+        check_model(model.to(device).eval(), packed=own is None)
     except Exception as error:
         # of dozens of types: no network, no access, a broken file
         way = "`python latro.py` makes it" if path == EMBEDDED else "give a folder or hub id"
@@ -764,11 +763,11 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
 
 
 @torch.no_grad()
-def choose_attention(model, packed):
+def check_model(model, packed):
     """Score packed passes where that, and sampling, give what the model's plain forward pass gives;
     else keep the model's own attention and score a rollout per row. UserError where that differs
     too: two prompts of unequal length, two continuations each, are compared."""
-    # GPT-Neo's, of 256 tokens: longer than what is compared
+    # GPT-Neo's: longer than the prompts that are compared below
     require("local" not in getattr(model.config, "attention_layers", ()),
             "the window of its local layers follows the longest row of a batch")
     own, rng = model.config._attn_implementation, random.Random(0)
@@ -783,8 +782,8 @@ def choose_attention(model, packed):
         return -cross_entropy(logits.double(), ids[len(prompt):], reduction="sum").item()
 
     expected = [plain(r.prompt, r.rationale + r.answer) for r in rollouts]
-    # nats, of some 50
-    tolerance = 0.01 if model.dtype.itemsize > 2 else 1.0
+    # nats, of sums of some 50
+    tolerance = 0.01 if model.dtype.itemsize > 2 else 0.5
     for attention in ("packed", own) if packed else (own,):
         try:
             model.set_attn_implementation(attention)
@@ -799,7 +798,7 @@ def choose_attention(model, packed):
                 require(off <= tolerance, f"{verb} is off by {off:.2g} nats from a plain pass")
             return
         except Exception as error:
-            # packed: it has no such attention, or reads its mask otherwise
+            # where packed fails, the model's own attention is tried
             require(attention != own, f"it cannot be sampled or scored: {first_line(error)}")
 
 

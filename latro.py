@@ -61,7 +61,7 @@ from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, contex
                       stopper, uniform_rows, world_size)
 
 HERE = dirname(os.path.abspath(__file__))
-# in whatever output_dir
+# the embedded base is made in whatever output_dir it is asked for
 EMBEDDED_NAME = EMBEDDED.partition("/")[2]
 
 
@@ -83,8 +83,9 @@ def rollout_rewards(phi: torch.Tensor, kl: torch.Tensor,
                     gamma: float) -> torch.Tensor:
     """r_k = φ_k − β·[log π(z_k|x) − log π_0(z_k|x)]; all (B,), finished bool.
 
-    An unfinished rationale's φ is lowered by (γ−1)·|φ| first: its own φ alone,
-    so that neither its baseline nor another prompt's reward moves."""
+    An unfinished rationale's φ is lowered by (γ−1)·|φ| first: by its own φ, not
+    by a mean over the batch, which would tie it to its own baseline and to
+    other prompts."""
     lowered = phi - (gamma - 1) * phi.abs()
     return torch.where(finished, phi, lowered) - kl_coef * kl
 
@@ -142,9 +143,9 @@ def gold_rollouts(tokenizer, examples: list[Example]) -> list[Rollout]:
 
 
 def weigh(rollouts: list[Rollout], logprobs, ref_logprobs, config):
-    """Rewards and advantages (n,) of whole groups, from logprobs (n, 2)."""
+    """Rewards and advantages (n,) of whole groups, from logprobs (n, 2); SFT is
+    the same loss with advantage 1."""
     z, y = logprobs.T
-    # the same loss with advantage 1
     if config.objective == "sft":
         return y, torch.ones_like(y)
     lengths = y.new_tensor([len(r.answer) for r in rollouts])
@@ -165,33 +166,32 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     clock = [time.perf_counter()]
     latro = config.objective == "latro"
     temperature = config.temperature if latro else 1.0
-    weight, kind = config.sft_penalty, config.reward
 
     # sample: the plain model's rationales; SFT takes the gold ones
     if latro:
         rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys)
     else:
         rollouts = gold_rollouts(tokenizer, examples)
-        weight, kind = 1.0, "logprob"
     n, size = len(rollouts), config.per_device_train_batch_size
     passes = [slice(i, i + size) for i in range(0, n, size)]
     lengths = torch.tensor([len(r.answer) for r in rollouts], device=device)
     clock.append(time.perf_counter())
 
     # score: log π_0(z|x); where passes hold parts of groups, log π first
-    whole = not latro or size % config.rloo_k == 0
+    whole = size % config.rloo_k == 0
     wide = {"dtype": torch.float64, "device": device}
-    # of z and y
     logprobs = torch.zeros(n, 2, **wide)
     ref_logprobs, rewards, advantages = torch.zeros(3, n, **wide)
     with torch.no_grad():
-        for part in passes if reference else []:
-            scores = score(reference, rollouts[part], temperature, False)
-            ref_logprobs[part] = scores[:, 0]
-        for part in passes if not whole else []:
-            logprobs[part] = score(policy, rollouts[part], temperature)
-    if not whole:
-        rewards, advantages = weigh(rollouts, logprobs, ref_logprobs, config)
+        if reference:
+            for part in passes:
+                scores = score(reference, rollouts[part], temperature, False)
+                ref_logprobs[part] = scores[:, 0]
+        if not whole:
+            for part in passes:
+                logprobs[part] = score(policy, rollouts[part], temperature)
+            rewards, advantages = weigh(rollouts, logprobs, ref_logprobs,
+                                        config)
     clock.append(time.perf_counter())
 
     # loss: gradients of its parts add up; FSDP averages over the ranks
@@ -202,10 +202,11 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         if whole:
             rewards[part], advantages[part] = weigh(
                 rollouts[part], logprobs[part], ref_logprobs[part], config)
-        phi = answer_reward(scores[:, 1], lengths[part], kind)
-        terms = latro_loss(scores[:, 0], phi, advantages[part], weight, n)
+        phi = answer_reward(scores[:, 1], lengths[part], config.reward)
+        terms = latro_loss(scores[:, 0], phi, advantages[part],
+                           config.sft_penalty, n)
         loss = sum(terms)
-        # HSDP: once per update
+        # of HSDP's copies, after the last pass alone
         if isinstance(policy, FSDPModule):
             policy.set_requires_all_reduce(part.stop >= n)
         loss.backward()
@@ -214,8 +215,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     # step: skipped on all ranks where one has a figure that is not finite
     limit = config.max_grad_norm or math.inf
     norm = full(clip_grad_norm_(policy.parameters(), limit))
-    finite = torch.stack([losses.sum(), rewards.sum(), norm]).isfinite().all()
-    finite = finite.float()
+    finite = torch.stack([losses.sum(), rewards.sum(), norm]).isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if finite:
         optimizer.step()
@@ -223,8 +223,8 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     optimizer.zero_grad()
     numbers = [*losses.tolist(), norm.item(), 1 - finite.item()]
     clock.append(time.perf_counter())
+    # what is not measured is null in the logs
     if not reference:
-        # not measured
         ref_logprobs *= math.nan
     figures = describe_rollouts(rollouts, logprobs, ref_logprobs)
     figures |= {"reward": rewards, "advantage": advantages}
@@ -318,7 +318,7 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
     if config.kl_coef:
         frozen = copy.deepcopy(sampler).requires_grad_(False)
         reference = shard(frozen, compute, compute, mesh)
-    # transformers' own switch needs training mode: dropout
+    # not transformers' own switch, which works in training mode only, with dropout
     for layer in decoder_layers(learner) if config.gradient_checkpointing else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     policy = shard(learner, held, compute, mesh)
@@ -331,7 +331,7 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
     """Bring the sampler's weights up to date, in place, where they are not the policy's own."""
     for plain, master in zip(sampler.parameters(), policy.model.parameters(), strict=True):
         if plain is not master:
-            # cast first: less to gather
+            # cast before it is gathered: half the bytes
             plain.copy_(full(master.to(plain.dtype)))
 
 
@@ -400,9 +400,10 @@ class Config(Common):
     def __post_init__(self):
         super().__post_init__()
         self.limit = 4 if self.sanity_check else self.limit
+        # the same code path: no groups, no reference, the log-likelihood
         if self.objective == "sft":
-            # no groups, no reference
             self.rloo_k, self.kl_coef = 1, 0.0
+            self.reward, self.sft_penalty = "logprob", 1.0
         k, sequences, name = self.rloo_k, self.sequences, self.run_name
         require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
         require("/" not in (name or ""), f"run_name {name}: is a path; output_dir says where")
@@ -429,7 +430,8 @@ class Config(Common):
 
 
 def load_config(argv: list[str]) -> Config:
-    """The settings of a command line; --config names a YAML file as given, or one in configs/."""
+    """The settings of a command line; --config names a YAML file as given, or one in configs/.
+    Without it tiny.yaml is read, unless a model or dataset is named."""
     given = parse(Config, argv)
     own = {"model_name_or_path", "dataset_name"} & given.keys()
     path = given.pop("config", None if own else "tiny.yaml")
@@ -500,7 +502,7 @@ def find_checkpoint(directory, chosen):
     """(path, state) of the checkpoint that a run continues from: the chosen one, or the latest;
     (None, the state of an untrained model) where it starts afresh."""
     for path in checkpoints(directory) if chosen == "latest" else [chosen] if chosen else []:
-        # it may be missing, or cut short
+        # a file is missing, or was cut short
         with suppress(OSError, ValueError, KeyError):
             state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
             sizes = state.pop("sizes")
@@ -512,15 +514,15 @@ def find_checkpoint(directory, chosen):
     else:
         path, logs = None, dict.fromkeys(LOGS, 0)
         state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, logs=logs)
+    # a checkpoint of another run knows nothing of this one's best/
     if not exists(f"{directory}/best"):
-        # it was that of another run
         state["best"] = 0.0
     return path, SimpleNamespace(**state)
 
 
 def load_checkpoint(path, policy, optimizer):
     weights, moments = get_state_dict(policy, optimizer)
-    # what has no gradient has no moments
+    # a parameter without gradient has no moments to load
     partly = dcp.DefaultLoadPlanner(allow_partial_load=True)
     try:
         dcp.load({"model": weights}, checkpoint_id=path)
@@ -542,8 +544,8 @@ def begin(directory, config, state):
     later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state.step]
     for path in [*later, f"{directory}/final"]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in Path(directory).glob("evaluation-*.json"):
-        path.unlink()
+    for name in ("base", "best"):
+        Path(f"{directory}/evaluation-{name}.json").unlink(missing_ok=True)
     for name, size in state.logs.items():
         with open(f"{directory}/{name}", "ab") as file:
             file.truncate(min(size, file.tell()))
@@ -567,7 +569,7 @@ def sample_rows(step, rollouts, figures, decode):
 
 def draw_curves(directory):
     """curves.png from metrics.jsonl: reward, accuracy, KL and rationale length against the step."""
-    # without pyplot, which would look for a screen
+    # not pyplot, which would look for a screen
     from matplotlib.figure import Figure
     rows = read_jsonl(f"{directory}/metrics.jsonl")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -626,7 +628,7 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
     log = start_wandb(config, directory)
     per_step = config.prompts * world_size()
     total = config.total_steps(count, per_step, state.step, state.consumed)
-    # prompts in all
+    # all prompts of the run, from its first step on
     planned = state.consumed + (total - state.step) * per_step
     bar = tqdm(total=total, initial=state.step, desc=config.objective, unit="step", disable=rank() > 0)
     received, stopped = [], False
@@ -643,9 +645,10 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
             log({"step": state.step} | {f"validation/{name}": row[name] for name in names})
             if rank() == 0:
                 draw_curves(directory)
-                tqdm.write(f"step {state.step:>4}: validation accuracy {result['accuracy']:6.1%}")
+                tqdm.write(f"step {state.step:>4}: validation accuracy {row['accuracy']:6.1%}, log π(y|x⊕z) "
+                           f"{row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
             state.evaluated = state.consumed
-            # of equals the later
+            # of equally good models the later one is kept
             if state.step > 0 and result["accuracy"] >= state.best:
                 state.best = result["accuracy"]
                 export(f"{directory}/best", sampler, tokenizer)
@@ -678,14 +681,14 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
         if state.skipped == 10:
             raise FloatingPointError(
                 f"step {state.step}: ten updates in a row were not finite; lower learning_rate")
-        # by a signal to any rank
+        # a signal may have reached one rank only: ask all
         stopped = any(gather(received))
         if stopped or config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    # during the last evaluation too
+    # asked again: it may have come during the last evaluation
     if any(gather(received)):
         say(f"stopped after step {state.step}; to continue, add to the same command\n"
             f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest")
@@ -703,10 +706,10 @@ def start_wandb(config, directory):
 
 
 def lock(directory, chosen):
-    """Make the run directory; returns a file whose end unlocks it. One that holds a run is refused,
-    unless it is continued from its own checkpoint, or while another job writes to it."""
-    new = chosen == "latest" or not exists(f"{directory}/config.yaml")
-    require(new or chosen and samefile(f"{chosen}/../..", directory),
+    """Make the run directory; returns a file that locks it while it is open. Refused: a directory that
+    holds a run, unless it goes on from its own checkpoint; one that another job writes to."""
+    free = chosen == "latest" or not exists(f"{directory}/config.yaml")
+    require(free or chosen and samefile(f"{chosen}/../..", directory),
             f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
             "--checkpoint_path latest")
     os.makedirs(directory, exist_ok=True)
@@ -722,12 +725,12 @@ def run(config, device):
     """Train as `config` says, then show the base beside the best model."""
     require(not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb"),
             "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
-    # of the embedded base's first weights
+    # the embedded base starts from random weights
     torch.manual_seed(config.seed)
     base, chosen = config.model_name_or_path, config.checkpoint_path
     model, tokenizer = load_model(base, "auto", device, config.attn_implementation,
                                   config.trust_remote_code)
-    # the one of all rows judges them all
+    # one grader for every split, chosen by all rows
     examples, config.grader = load_examples(config, model, tokenizer)
     unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S")
     config.run_name = on_rank_0(lambda: config.run_name or unique)
@@ -745,7 +748,7 @@ def run(config, device):
     if trained and closed or base == "embedded":
         return
     del model
-    # FSDP's modules hold each other
+    # FSDP's modules refer to each other: del alone frees nothing
     gc.collect()
     evaluate_main(["--model", directory])
     say(f"the run: {directory}/")
@@ -776,7 +779,7 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
     width = resolve_dtype(config.dtype, torch.device("cuda")).itemsize
     layers, shards = decoder_layers(model), config.shard_size or ranks
     whole = sum(p.numel() for p in model.parameters())
-    # FSDP2 cuts dimension 0
+    # of each parameter's first dimension, which FSDP2 cuts
     part = sum(-(-len(p) // shards) * p[0].numel() for p in model.parameters())
     # keys and values of a token
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -788,7 +791,7 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
     tokens = config.per_device_train_batch_size * (length + context / config.rloo_k)
     kept = 24 + len(layers) if config.gradient_checkpointing else 24 * len(layers)
     kept *= tokens * width * model.get_input_embeddings().weight.shape[1]
-    # whole at a time, of both models and gradients: two layers, and what lies outside of them
+    # gathered at a time, of both models and of gradients: two layers, and what lies outside of layers
     inside = sum(p.numel() for p in layers.parameters())
     gathered = (2 * width + 4) * (whole - inside + 2 * inside / len(layers))
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,

@@ -9,7 +9,7 @@ from test_models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import UserError, decoder, load_rows, make_examples
-from evaluate import choose_attention, generate, stop_token_ids, stopper, truncate, uniform_rows
+from evaluate import check_model, generate, stop_token_ids, stopper, truncate, uniform_rows
 
 
 def plain_logprobs(model, ids, start, temperature=1.0):
@@ -48,13 +48,13 @@ def test_the_last_position_of_a_context(name):
     model, prompts = make_model(name), [[*range(5, 55)], [7, 8, 9]]
     if name == "GPT-Neo":
         with pytest.raises((UserError, ValueError), match="^the window of its local layers .*batch$"):
-            choose_attention(model, packed=True)
+            check_model(model, packed=True)
         return
     theirs = []
     for prompt in prompts:
         out = model.generate(torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=None)
         theirs.append(out[0, len(prompt):].tolist())
-    choose_attention(model, packed=True)
+    check_model(model, packed=True)
     for out in (generate(model, prompts, 14), generate(model, prompts, 14, batch_size=1)):
         for prompt, (ids, logprobs), expected in zip(prompts, out, theirs, strict=True):
             assert ids == expected

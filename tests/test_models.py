@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import latro
 from data import UserError
-from evaluate import (Rollout, Scorer, choose_attention, generate, init_distributed, load_model, rank, run_script,
+from evaluate import (Rollout, Scorer, check_model, generate, init_distributed, load_model, rank, run_script,
                       score, uniform_rows)
 
 CPU = torch.device("cpu")
@@ -103,14 +103,14 @@ def test_which_way(name):
     model, way = make_model(name), MODELS[name][2]
     if name in REFUSED:
         with pytest.raises((UserError, ValueError), match=way) as refusal:
-            choose_attention(model, packed=True)
+            check_model(model, packed=True)
         assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 120
         return
-    choose_attention(model, packed=True)
+    check_model(model, packed=True)
     assert Scorer(model).packed == (way == "packed")
-    choose_attention(model, packed=False) if way == "rows" else None
+    check_model(model, packed=False) if way == "rows" else None
     halves = make_model(name).bfloat16()
-    choose_attention(halves, packed=True)
+    check_model(halves, packed=True)
     assert Scorer(halves).packed == (way == "packed")
 
 
@@ -218,7 +218,7 @@ def test_a_scale_of_the_logits(monkeypatch):
 
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises((UserError, ValueError), match="score is off by .* nats"):
-        choose_attention(model, packed=True)
+        check_model(model, packed=True)
 
 
 def test_two_ranks(tmp_path):
@@ -247,7 +247,7 @@ def on_two_ranks(folder):
     half = some_rollouts()[3 * rank():3 * rank() + 3]
     for name, dtype, _ in SHARDED:
         model = make_model(name, getattr(torch, dtype))
-        choose_attention(model, packed=True)
+        check_model(model, packed=True)
         config = latro.Config(dtype=dtype, gradient_checkpointing=True)
         policy, reference, _ = latro.set_out(model, config, CPU)
         with float64_throughout():
