@@ -35,11 +35,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import latro  # noqa: E402
-from data import decoder, load_rows, make_examples  # noqa: E402
-from evaluate import (FewRowsLinear, generate, init_distributed, load_model, resolve_dtype, run_script,  # noqa: E402
-                      stop_token_ids, token_logprobs, uniform_rows)
+from data import answer_ids, decoder, load_rows, make_examples  # noqa: E402
+from evaluate import (Rollout, Scorer, cut_rollout, generate, init_distributed, load_model, resolve_dtype,  # noqa: E402
+                      run_script, score, stop_token_ids, stopper, token_logprobs, uniform_rows)
 
-K, PROMPTS = 4, 2  # of an update
+K, PROMPTS = 4, 2  # of an update, where nothing else is said
 OURS = {"ours": torch.float32, "ours, bf16 arithmetic": torch.bfloat16}
 NEVER = "\0never\0"  # a stop sequence that is looked for, and not found
 
@@ -142,32 +142,25 @@ def our_side(path: str, dtype: torch.dtype, device) -> Side:
     return Side(*latro.set_out(model, config, device), tokenizer, device)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The model with nn.Linear, as transformers alone loads it: what ours gains there is not lent to the baselines."""
-    for module in model.modules():
-        if type(module) is FewRowsLinear:
-            module.__class__ = nn.Linear
-    return model
-
-
 def their_side(path: str, device) -> Side:
-    model, tokenizer = load_model(path, torch.float32, device)
-    plain(model)
+    """A model as transformers alone has it."""
+    model, tokenizer = load_model(path, torch.float32, device, "sdpa")
     return Side(model, copy.deepcopy(model).requires_grad_(False), model, tokenizer, device)
 
 
 def make_config(length: int, prompts: int = PROMPTS, k: int = K, **settings) -> latro.Config:
-    return latro.Config(**{"response_length": length, "rloo_k": k, "per_device_train_batch_size": 4,
-                           "gradient_accumulation_steps": prompts * k // 4, "rollout_batch_size": 8} | settings)
+    """All rollouts decoded together, those of a prompt in a pass with gradient."""
+    return latro.Config(**{"response_length": length, "rloo_k": k, "per_device_train_batch_size": k,
+                           "gradient_accumulation_steps": prompts, "rollout_batch_size": prompts * k} | settings)
 
 
 def our_update(side: Side, examples, config, number: int) -> dict[str, float]:
     keys = [f"{number}/{i}" for i in range(len(examples))]
-    rollouts, _, sums = latro.update(side.policy, side.reference, side.sampler, side.optimizer, side.tokenizer,
-                                     examples, keys, config, side.device)
-    phases = {name: sums[name] / len(rollouts) for name in ("generate_s", "score_s", "train_s")}
-    return phases | {"tokens": sums["tokens"], "positions": sums["positions"],
-                     "work_ratio": sums["positions"] / sums["needed"]}
+    rollouts, _, row = latro.update(side.policy, side.reference, side.sampler, side.optimizer, side.tokenizer,
+                                    examples, keys, config, side.device)
+    tokens = sum(len(r.ids) for r in rollouts)
+    return {name: row[name] for name in ("generate_s", "score_s", "train_s")} | {
+        "tokens": tokens, "positions": round(row["work_ratio"] * 2 * tokens), "work_ratio": row["work_ratio"]}
 
 
 def their_update(learn, side: Side, examples, config, number: int) -> dict[str, float]:
@@ -188,7 +181,7 @@ def left_pad(sequences: list[list[int]], width: int, device) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def sample(side: Side, examples, config, keep_scores: bool) -> tuple[list[latro.Rollout], int]:
+def sample(side: Side, examples, config, keep_scores: bool) -> tuple[list[Rollout], int]:
     """The rollouts of both baselines, K of an example in a row, and the width of what was generated with its prompts.
 
     Every prompt is repeated K times; rows go on until all have ended with a stop token; text stops are cut afterwards.
@@ -202,7 +195,7 @@ def sample(side: Side, examples, config, keep_scores: bool) -> tuple[list[latro.
                                 return_dict_in_generate=True, output_scores=keep_scores)
     if keep_scores:
         torch.stack(out.scores, 1)  # (B*K, L, V), as the released code does before it drops them
-    rollouts = [latro.cut_rollout(example, row, stop_ids, config.stop_seqs, decode)
+    rollouts = [cut_rollout(example, row, stop_ids, config.stop_seqs, decode)
                 for example, row in zip(repeated, out.sequences[:, width:].tolist())]
     return rollouts, out.sequences.shape[1]
 
@@ -213,13 +206,13 @@ def padded_logprobs(model, rollouts, width: int, parts: str, keep: int = 0) -> t
     keep = 0: the log-probabilities of the whole vocabulary at every position, as in the released code; else the logits
     of the last `keep` positions and their normaliser, as in TRL.
     """
-    sequences = [r.ids if "y" in parts else r.example.prompt + r.actions for r in rollouts]
+    sequences = [r.ids if "y" in parts else r.prompt + r.actions for r in rollouts]
     ids, mask = left_pad(sequences, width, model.device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
                    logits_to_keep=keep).logits  # (B, C, V), C is keep or width
     targets, counted = torch.zeros(2, *logits.shape[:2], len(parts), dtype=torch.long)  # each (B, C, len(parts))
     for i, (r, sequence) in enumerate(zip(rollouts, sequences)):
-        first = logits.shape[1] - len(sequence) + len(r.example.prompt) - 1  # what z's first token is predicted from
+        first = logits.shape[1] - len(sequence) + len(r.prompt) - 1  # what z's first token is predicted from
         for j, part in enumerate(parts):
             begin, tokens = (first, r.actions) if part == "z" else (first + len(r.rationale), r.answer)
             targets[i, begin:begin + len(tokens), j] = torch.tensor(tokens)
@@ -250,7 +243,7 @@ def released(side: Side, rollouts, width: int, config) -> tuple[dict[str, float]
 
 def trl(side: Side, rollouts, width: int, config) -> tuple[dict[str, float], int, list[float]]:
     """TRL's: policy and reference passes, a reward function's pass, one pass with gradient, here through y as well."""
-    prompt, size = max(len(r.example.prompt) for r in rollouts), config.per_device_train_batch_size
+    prompt, size = max(len(r.prompt) for r in rollouts), config.per_device_train_batch_size
     longer = prompt + max(len(r.rationale) + len(r.answer) for r in rollouts)
 
     def z(batch, model):
@@ -300,15 +293,56 @@ def update(bench: Bench) -> None:
     steps = {"released": partial(their_update, released, theirs), "TRL": partial(their_update, trl, theirs)}
     steps |= {name: partial(our_update, our_side(path, dtype, device)) for name, dtype in OURS.items()}
 
-    def turn(step, length, number):
-        return step(examples[number * PROMPTS:(number + 1) * PROMPTS], make_config(length), number)
+    def turn(step, prompts, k, length, number):
+        return step(examples[number * prompts:(number + 1) * prompts], make_config(length, prompts, k), number)
 
     for step in steps.values():  # the optimizer's moments are made, and kernels chosen, before the clock runs
-        turn(step, 8, 0)
-    for length in (128, 500):
-        bench.measure(f"update, float32 where not said, {PROMPTS} prompts × K = {K}, L = {length}",
-                      {name: partial(turn, step, length) for name, step in steps.items()},
+        turn(step, PROMPTS, K, 8, 0)
+    for case in (PROMPTS, K, 128), (PROMPTS, K, 500), (1, 16, 128):  # the paper's K is 16
+        bench.measure("update, float32 where not said, {} prompts × K = {}, L = {}".format(*case),
+                      {name: partial(turn, step, *case) for name, step in steps.items()},
                       (("seconds", "released"), ("seconds", "TRL")))
+
+
+def prefix(bench: Bench) -> None:
+    """Scoring and training alone, on the same rollouts: each prompt once, or one row per rollout."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = load_model(bench.options.model, dtype, bench.device)
+        rowwise = copy.deepcopy(model)
+        rowwise.set_attn_implementation("sdpa")  # the model's own attention: its Scorer does not pack
+        scorers = {"a row per rollout": Scorer(rowwise), "each prompt once": Scorer(model)}
+        [example] = bench.examples(tokenizer, 1)
+        for k in (4, 16, 32):
+            rollouts = made_up_rollouts(example, tokenizer, k)
+            turns = {name: partial(score_and_train, scorer, rollouts) for name, scorer in scorers.items()}
+            for turn in turns.values():  # kernels are chosen
+                turn(0)
+            bench.measure(f"prefix, {str(dtype)[6:]}, one prompt × K = {k}, L = 128", turns,
+                          (("seconds", "a row per rollout"), ("positions", "a row per rollout")))
+
+
+def made_up_rollouts(example, tokenizer, k: int, limit: int = 128) -> list[Rollout]:
+    """Of random words; from half of the limit to the limit long, evenly spread."""
+    rng, rollouts = random.Random(0), []
+    for i in range(k):
+        z = rng.choices(range(tokenizer.vocab_size), k=limit - (limit // 2) * i // (k - 1))
+        rollouts.append(Rollout(example.prompt, z, z, answer_ids(example, z, decoder(tokenizer))))
+    return rollouts
+
+
+def score_and_train(scorer: Scorer, rollouts, number: int) -> dict[str, float]:
+    """What an update asks of the reference, and of the policy: one pass each."""
+    device, scorer.positions = next(scorer.parameters()).device, 0
+    clocks = [clock(device)]
+    with torch.no_grad():
+        score(scorer, rollouts, answers=False)
+    clocks.append(clock(device))
+    total = score(scorer, rollouts).sum()
+    total.backward()
+    clocks.append(clock(device))
+    scorer.zero_grad()
+    return {"score_s": clocks[1] - clocks[0], "train_s": clocks[2] - clocks[1], "positions": scorer.positions,
+            "logprob": total.item()}
 
 
 def memory(bench: Bench) -> None:
@@ -342,11 +376,9 @@ def generation(bench: Bench) -> None:
         model, tokenizer = load_model(bench.options.model, dtype, bench.device)
         model.generation_config.eos_token_id = None
         prompts = [example.prompt for example in bench.examples(tokenizer, 16)]
-        contenders = {"transformers": partial(their_generate, plain(copy.deepcopy(model))),
-                      "ours": partial(our_generate, model, tokenizer)}
-        if bench.device.type == "cuda":
-            contenders["ours, captured"] = partial(our_generate, model, tokenizer,
-                                                   capture=torch.cuda.make_graphed_callables)
+        theirs = copy.deepcopy(model)
+        theirs.set_attn_implementation("sdpa")
+        contenders = {"transformers": partial(their_generate, theirs), "ours": partial(our_generate, model, tokenizer)}
         for work in contenders.values():  # kernels are chosen
             turn(work, prompts, [4] * 8, 4, 8, 0)
         for title, case in cases.items():
@@ -382,36 +414,14 @@ def their_generate(model, prompts, lengths: list[int], limit: int, width: int) -
         assert out.shape[1] - start == ends.max()
 
 
-def our_generate(model, tokenizer, prompts, lengths: list[int], limit: int, width: int, capture=None) -> None:
+def our_generate(model, tokenizer, prompts, lengths: list[int], limit: int, width: int) -> None:
     """generate() on all rows, `width` at a time. Uniform number 0 picks token 0, here the only stop; the others lie
     above a half, where token 0 hardly is. Text is searched for a stop sequence at every token, as in training."""
-    uniforms = 0.5 + uniform_rows(map(str, range(len(lengths))), limit) / 2  # (rows, limit)
+    uniforms = 0.5 + uniform_rows([*map(str, range(len(lengths)))], limit) / 2  # (rows, limit)
     uniforms[range(len(lengths)), torch.tensor(lengths) - 1] = 0.0
-    out = generate(model, prompts, limit, num_samples=K, temperature=1.0, stop_ids={0}, uniforms=uniforms,
-                   stop_seqs=[NEVER], decode=decoder(tokenizer), batch_size=width, capture=capture)
-    assert [len(ids) for ids, _, _ in out] == lengths
-
-
-def rows(bench: Bench) -> None:
-    """All products of one decoding step of the model: nn.Linear beside FewRowsLinear."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_model(bench.options.model, dtype, bench.device)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        for count in (1, 4, 8, 16):
-            inputs = {size: torch.randn(count, 1, size, dtype=dtype, device=bench.device)
-                      for size in {module.in_features for module in linears}}
-
-            products(linears, inputs, FewRowsLinear.forward, 0)  # warm-up
-            bench.measure(f"20 decoding steps' products, {str(dtype)[6:]}, {count} rows", {
-                name: partial(products, linears, inputs, kind.forward)
-                for name, kind in (("nn.Linear", nn.Linear), ("ours", FewRowsLinear))}, (("seconds", "nn.Linear"),))
-
-
-@torch.inference_mode()
-def products(linears, inputs, forward, number: int) -> None:
-    for _ in range(20):
-        for module in linears:
-            forward(module, inputs[module.in_features])
+    out = generate(model, prompts, limit, num_samples=K, temperature=1.0, uniforms=uniforms, batch_size=width,
+                   stop=stopper({0}, [NEVER], decoder(tokenizer)))
+    assert [len(ids) for ids, _ in out] == lengths
 
 
 def vocabulary(bench: Bench) -> None:
@@ -444,7 +454,7 @@ def vocabulary_case(bench: Bench, name: str, size: str, rows: int = 8 * 1024, wo
 
 
 def growth(bench: Bench) -> None:
-    """What a token costs as K and L grow and nothing else does: one prompt, micro-batches of 4, no rollout stops."""
+    """What a sampled token and a trained position cost as K and L grow and nothing else does: one prompt, no stops."""
     side = our_side(bench.options.model, torch.float32, bench.device)
     examples = bench.examples(side.tokenizer, 1)
 
@@ -454,11 +464,11 @@ def growth(bench: Bench) -> None:
             figures = our_update(side, examples, config, number)
         assert figures["tokens"] >= k * (len(examples[0].prompt) + length)
         return {"sampled_ms": figures["generate_s"] / (k * length) * 1000,
-                "trained_ms": (figures["score_s"] + figures["train_s"]) / figures["tokens"] * 1000}
+                "trained_ms": (figures["score_s"] + figures["train_s"]) / figures["positions"] * 1000}
 
     turn(4, 512, 0)  # warm-up: the memory of the largest is there
     for cases in [(k, 128) for k in (4, 8, 16, 32)], [(4, length) for length in (64, 128, 256, 512)]:
-        runs = bench.measure("growth, float32, milliseconds per token",
+        runs = bench.measure("growth, float32, milliseconds per sampled token and per position pushed",
                              {f"K = {k}, L = {length}": partial(turn, k, length) for k, length in cases})
         for figure in ("sampled_ms", "trained_ms"):
             medians = [median(r[figure] for r in rounds) for rounds in runs.values()]
@@ -474,10 +484,9 @@ def ranks_case(bench: Bench) -> dict[str, float]:
     side = our_side(bench.options.model, torch.float32, bench.device)
     example, name = bench.examples(side.tokenizer, dist.get_world_size())[dist.get_rank()], str(dist.get_rank())
     for length in (8, 64):  # the first one warms up
-        *_, sums = latro.update(side.policy, side.reference, side.sampler, side.optimizer, side.tokenizer, [example],
-                                [name], make_config(length, 1), bench.device)
-        means = latro.reduce_metrics(sums, bench.device)
-    return {"seconds": means["step_s"], "tokens_per_s": means["tokens_per_s"], "token_ms": 1000 / means["tokens_per_s"]}
+        *_, row = latro.update(side.policy, side.reference, side.sampler, side.optimizer, side.tokenizer, [example],
+                               [name], make_config(length, 1), bench.device)
+    return {"seconds": row["step_s"], "tokens_per_s": row["tokens_per_s"], "token_ms": 1000 / row["tokens_per_s"]}
 
 
 def startup(bench: Bench) -> None:
@@ -508,8 +517,8 @@ def startup(bench: Bench) -> None:
             "import torch": partial(finished, "-c", "import torch")})
 
 
-QUESTIONS = {"update": update, "memory": memory, "generation": generation, "rows": rows, "vocabulary": vocabulary,
-             "growth": growth, "startup": startup}
+QUESTIONS = {"update": update, "prefix": prefix, "memory": memory, "generation": generation,
+             "vocabulary": vocabulary, "growth": growth, "startup": startup}
 CASES = {"memory": memory_case, "vocabulary": vocabulary_case, "ranks": ranks_case}  # in processes of their own
 
 

@@ -83,7 +83,7 @@ def work(runs: Path, run: str | None, seed: int, todo: list[tuple[Path, str, str
 def run_all(runs: Path) -> None:
     """Make every evaluation file that is missing."""
     if not (runs / "cups-base/final").exists():  # alone, on all cores: every run starts from it
-        latro.make_embedded_base(str(runs / "cups-base"), evaluate.init_distributed())
+        latro.main(["--config", "cups_base.yaml", "--output_dir", str(runs), "--run_name", "cups-base"])
     jobs: dict[tuple, list] = {}
     for seed in SEEDS:
         for name, (run, *rest) in evaluations().items():

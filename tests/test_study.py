@@ -36,7 +36,7 @@ def fake(monkeypatch, tmp_path):
                 (folder / made).mkdir(parents=True)
             (folder / "config.yaml").write_text("# torch 2, commit abc\nmodel_name_or_path: x\n")
         else:
-            settings = evaluate.parse(evaluate.Settings, argv, "")
+            settings = evaluate.settle(evaluate.Settings, evaluate.parse(evaluate.Settings, argv))
             assert os.path.isdir(settings.model) and settings.response_length == 24
             name, _, seed = os.path.basename(settings.out).removesuffix(".json.partial").rpartition("-")
             assert settings.seed == int(seed) and settings.num_samples == (64 if name in ("base", "latro-best") else 8)
@@ -77,7 +77,8 @@ def test_tables_and_picture(fake):
 
 def test_every_vote_is_evaluates_own(tiny, cups):
     model, tokenizer = tiny
-    result = evaluate.evaluate(model, tokenizer, cups, "number", response_length=12, num_samples=8)
+    settings = evaluate.Settings(response_length=12)
+    result = evaluate.evaluate(settings, model, tokenizer, cups, "number", 8, "")
     assert study.maj(result["rows"], 8) == 100 * result["maj_at_k"]
 
 
