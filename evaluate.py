@@ -293,6 +293,9 @@ def keep(model, like: list[torch.Tensor], width: int, slots: int) -> Slots:
         cache = Slots(like, *size)
         cache.weights, cache.size, cache.pool = weights, size, None
         cache.graphs = {} if like[0].is_cuda else None
+    # what is masked is still multiplied by 0: no NaN may be left there
+    for slots in cache.tensors:
+        slots.zero_()
     cache.rows = width
     KEPT[model] = cache
     return cache
@@ -427,10 +430,11 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
             v = torch.cat([values[parent], v], 2)
         seen = k.shape[2]
         if parent != i or sliding_window and sliding_window < seen:
-            mask = torch.ones(length, seen, dtype=torch.bool, device=k.device)
-            mask = mask.tril(seen - length)
+            # of floats: SDPA would make them of bools, forward and backward
+            hidden = query.new_full((length, seen), -math.inf)
+            mask = hidden.triu(seen - length + 1)
             if sliding_window:
-                mask = mask.triu(seen - length - sliding_window + 1)
+                mask += hidden.tril(seen - length - sliding_window)
         parts.append(scaled_dot_product_attention(
             queries[i], k, v, mask, is_causal=mask is None, scale=scaling,
             enable_gqa=True))
@@ -782,8 +786,8 @@ def check_model(model, packed):
         return -cross_entropy(logits.double(), ids[len(prompt):], reduction="sum").item()
 
     expected = [plain(r.prompt, r.rationale + r.answer) for r in rollouts]
-    # nats, of sums of some 50
-    tolerance = 0.01 if model.dtype.itemsize > 2 else 0.5
+    # nats, of sums of some 50: the rounding of random tokens in bfloat16 reaches 1
+    tolerance = 0.01 if model.dtype.itemsize > 2 else 1.5
     for attention in ("packed", own) if packed else (own,):
         try:
             model.set_attn_implementation(attention)
@@ -800,6 +804,7 @@ def check_model(model, packed):
         except Exception as error:
             # where packed fails, the model's own attention is tried
             require(attention != own, f"it cannot be sampled or scored: {first_line(error)}")
+            say(f"scored a rollout per row, which is slower: {first_line(error)}")
 
 
 # ---------------------------------------------------------------------------
@@ -861,6 +866,8 @@ def run_script(main):
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        code = 130
     except SystemExit as end:
         code = end.code
     # after an error NCCL might wait for other ranks
@@ -1025,12 +1032,16 @@ def main(argv):
         # they are of the run's own dataset
         keys -= {"dataset_path", "grader", "limit"}
     s = settle(Settings, {key: config[key] for key in keys} | given)
+    split = s.split or closing_split(s.dataset_path, "validation" if path == run else "all")
     # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
-    part = [str(given[k]) for k in ("dataset_name", "split", "few_shot", "limit") if k in given]
-    out = s.out or f"{run if config else '.'}/{'-'.join(['evaluation', '{}', *part])}.json"
+    asked = {k: vars(s)[k] for k in given if k not in ("model", "out") and vars(s)[k] != config.get(k)}
+    if split != closing_split(s.dataset_path):
+        asked["split"] = split
+    part = [re.sub(r"[^\w=.]+", "_", f"{k}={basename(str(v))}") for k, v in asked.items()]
+    name = "-".join(["evaluation-{}", *part])[:200]
+    out = s.out or f"{run if config else '.'}/{name}.json"
     require(path != run or not s.out, f"out {out}: is one file; needs --model, and not a run")
     require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in an existing folder")
-    split = s.split or closing_split(s.dataset_path, "validation" if path == run else "all")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
     grader = choose_grader(s.grader, s.dataset_name, rows)
     check_rows(rows, grader)

@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
-                  load_rows, make_examples, read_jsonl, require)
+                  first_line, load_rows, make_examples, read_jsonl, require)
 from evaluate import main as evaluate_main
 from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, context_left, cut_rollout,
                       evaluate, gather, generate, init_distributed, load_model, on_rank_0, parse, rank,
@@ -320,7 +320,8 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
         reference = shard(frozen, compute, compute, mesh)
     # not transformers' own switch, which works in training mode only, with dropout
     for layer in decoder_layers(learner) if config.gradient_checkpointing else []:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                          preserve_rng_state=False)
     policy = shard(learner, held, compute, mesh)
     refresh(sampler, policy)
     return policy, reference, sampler
@@ -657,7 +658,8 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
             break
 
         # update: this rank's share of the next prompts
-        rate = config.learning_rate * (1 - state.consumed / planned)
+        done = state.step / total if config.max_steps else state.consumed / planned
+        rate = config.learning_rate * (1 - done)
         optimizer.param_groups[0]["lr"] = rate
         first = state.consumed + rank() * config.prompts
         chosen = prompt_indices(config.seed, first, config.prompts, count)
@@ -690,22 +692,24 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
         signal.signal(number, handler)
     # asked again: it may have come during the last evaluation
     if any(gather(received)):
-        say(f"stopped after step {state.step}; to continue, add to the same command\n"
-            f"--run_name {shlex.quote(config.run_name)} --checkpoint_path latest")
+        more = f", add to it\n--run_name {shlex.quote(config.run_name)} --checkpoint_path latest"
+        say(f"stopped after step {state.step}; to continue, give the same command again"
+            + more * (config.model_name_or_path != "embedded"))
         sys.exit(128 + signal.SIGTERM)
 
 
 def start_wandb(config, directory):
     """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to
     nowhere."""
-    if rank() > 0 or not os.environ.get("WANDB_PROJECT"):
+    made = config.model_name_or_path == "embedded"
+    if rank() > 0 or made or not os.environ.get("WANDB_PROJECT"):
         return lambda row: None
     import wandb
     run = wandb.init(name=config.run_name, dir=directory, config=vars(config))
     return lambda row: run.log(row, step=row["step"])
 
 
-def lock(directory, chosen):
+def lock(directory, chosen, wait):
     """Make the run directory; returns a file that locks it while it is open. Refused: a directory that
     holds a run, unless it goes on from its own checkpoint; one that another job writes to."""
     free = chosen == "latest" or not exists(f"{directory}/config.yaml")
@@ -715,9 +719,12 @@ def lock(directory, chosen):
     os.makedirs(directory, exist_ok=True)
     file = open(f"{directory}/metrics.jsonl", "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise UserError(f"{directory}: another process writes to it; stop it, or give another run_name")
+    except OSError:
+        # a file system without locks
+        pass
     return file
 
 
@@ -732,13 +739,13 @@ def run(config, device):
                                   config.trust_remote_code)
     # one grader for every split, chosen by all rows
     examples, config.grader = load_examples(config, model, tokenizer)
-    unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S")
+    unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S-{os.getpid()}")
     config.run_name = on_rank_0(lambda: config.run_name or unique)
     directory = f"{config.output_dir}/{config.run_name}"
     path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
     # nothing was written so far; the lock holds until this function ends
     held = []
-    on_rank_0(lambda: held.append(lock(directory, chosen)))
+    on_rank_0(lambda: held.append(lock(directory, chosen, base == "embedded")))
     ends = f"{directory}/final", f"{directory}/evaluation-best.json"
     trained, closed = on_rank_0(lambda: [chosen == "latest" and exists(end) for end in ends])
     if not trained:
@@ -760,12 +767,13 @@ def main(argv: list[str]) -> None:
     require(ranks % size == 0, f"shard_size: {size} does not divide the {ranks} ranks")
     if config.dry_run:
         return dry_run(config)
-    path = config.model_name_or_path
+    path = config.model_name_or_path = os.path.normpath(config.model_name_or_path)
     if path.endswith(EMBEDDED_NAME) and not on_rank_0(lambda: exists(path)):
         say(f"making the base model {path} (once)")
         base = load_config(["--config", "cups_base.yaml"])
-        base.output_dir, base.run_name = os.path.split(dirname(path))
-        base.per_device_train_batch_size //= world_size()
+        folder, base.run_name = os.path.split(dirname(path))
+        base.output_dir = folder or "."
+        base.per_device_train_batch_size = max(1, base.per_device_train_batch_size // world_size())
         run(base, device)
     run(config, device)
 
@@ -806,12 +814,15 @@ def dry_run(config):
     is too little."""
     path, ranks = config.model_name_or_path, config.dry_run
     trust = {"trust_remote_code": config.trust_remote_code}
-    with torch.device("meta"):
-        if path.endswith(EMBEDDED_NAME):
-            model, _ = embedded_model()
-        else:
-            shape = transformers.AutoConfig.from_pretrained(path, **trust)
-            model = transformers.AutoModelForCausalLM.from_config(shape, **trust)
+    try:
+        with torch.device("meta"):
+            if path.endswith(EMBEDDED_NAME):
+                model, _ = embedded_model()
+            else:
+                shape = transformers.AutoConfig.from_pretrained(path, **trust)
+                model = transformers.AutoModelForCausalLM.from_config(shape, **trust)
+    except Exception as error:
+        raise UserError(f"model {path}: no config ({first_line(error)}); give a folder or hub id") from None
     needs = plan(config, model, ranks)
     most, together = max(needs, key=needs.get), sum(needs.values())
     print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {ranks} ranks; "

@@ -306,8 +306,8 @@ def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypat
     monkeypatch.setattr(evaluate, "print_results", lambda results: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.main([*arguments, "--model", "model"])
-    assert seen[1:] == ["text"] and json.load(open("evaluation-model-jsonl-1.json"))["split"] == "all"
-    os.remove("evaluation-model-jsonl-1.json")
+    assert seen[1:] == ["text"] and json.load(open("evaluation-model-dataset_name=jsonl-dataset_path=mixed.jsonl-response_length=8-limit=1-split=all.json"))["split"] == "all"
+    os.remove("evaluation-model-dataset_name=jsonl-dataset_path=mixed.jsonl-response_length=8-limit=1-split=all.json")
 
 
 def test_good_rows_load(place):

@@ -115,8 +115,9 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     evaluate.main(["--model", "runs/r", "--limit", "2"])
     assert [a[0] for a in loaded] == ["m", "runs/r/best"]
     assert sorted(os.listdir("runs/r")) == [
-        "best", "config.yaml", "evaluation-base-2.json", "evaluation-best-2.json",
-        "evaluation-best-gsm8k-train-2.json", "evaluation-best.json", "metrics.jsonl"]
+        "best", "config.yaml", "evaluation-base-limit=2.json",
+        "evaluation-best-dataset_name=gsm8k-few_shot=2-split=train.json", "evaluation-best-limit=2.json",
+        "evaluation-best.json", "metrics.jsonl"]
 
 
 def test_a_strangers_config_is_not_obeyed(tmp_path, monkeypatch):

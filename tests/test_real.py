@@ -33,7 +33,7 @@ def test_real_model_and_data(smol_run, smollm2, gsm8k):
     printed = script("evaluate.py", "--model", "runs/latro/final", "--dataset_name", "gsm8k", "--dataset_path", gsm8k,
                      "--limit", 8, "--num_samples", 4, "--dtype", "float32", cwd=smol_run)
     assert "maj@4" in printed
-    result = json.load(open(f"{smol_run}/runs/latro/evaluation-final-gsm8k-8.json"))
+    result = json.load(open(f"{smol_run}/runs/latro/evaluation-final-limit=8-num_samples=4-dtype=float32.json"))
     assert {"model", "dataset", "split", "n", "num_samples", "accuracy", "accuracy_ci95", "maj_at_k", "maj_at_k_ci95",
             "answer_logprob", "answer_logprob_no_rationale", "finished", "rationale_length", "rows"} <= result.keys()
     assert result["n"] == 8 and [r["groundtruth"] for r in result["rows"]] == [

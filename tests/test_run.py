@@ -128,7 +128,7 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     printed = script("evaluate.py", cwd=folder)
     assert "base" in printed and "best" in printed and "500 questions" in printed and "100.0%" in printed
     script("evaluate.py", "--limit", 3, cwd=folder)
-    assert json.load(open(f"{run}/evaluation-best-3.json"))["n"] == 3
+    assert json.load(open(f"{run}/evaluation-best-limit=3.json"))["n"] == 3
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
     assert vars(latro.load_config(["--config", f"{run}/config.yaml"])) == evaluate.read_yaml(f"{run}/config.yaml")
 
