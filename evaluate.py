@@ -24,10 +24,10 @@ import warnings
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import accumulate, chain
-from os.path import dirname, exists, isdir, isfile
+from os.path import basename, dirname, exists, isdir, isfile
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal, get_args, get_type_hints
@@ -687,6 +687,8 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
 @torch.no_grad()
 def answer_logprobs(scorer, rollouts, size=16):
     """log π(y|x⊕z) of each rollout; `size` rollouts a pass."""
+    # z is not asked for: its logits would be the most
+    rollouts = [replace(r, actions=[]) for r in rollouts]
     parts = [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
     return [logprob for part in parts for logprob in score(scorer, part)[:, 1].tolist()]
 
