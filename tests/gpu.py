@@ -485,7 +485,7 @@ def differences(a: list[dict], b: list[dict]) -> float:
     return max(abs(x - y) / max(1.0, abs(y)) for x, y in pairs if x == x or y == y)
 
 
-@item(100, small=False)
+@item(140, small=False)
 def tiny(bench):
     """latro.py end to end, the base included, and its first rows against the CPU's from the same base."""
     arguments, base = tiny_run(bench), os.path.join(bench.folder, "runs/cups-base/final")
