@@ -399,6 +399,17 @@ class Rollout:
         return self.prompt + self.rationale + self.answer
 
 
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def lower_right(length, seen, window, dtype, device) -> torch.Tensor:
+    """Added to scores: the last `length` of `seen` tokens see what is before
+    them and in their window. All layers of a pass share it; of floats, for SDPA
+    would make them of bools each time."""
+    hidden = torch.full((length, seen), -math.inf, dtype=dtype, device=device)
+    mask = hidden.triu(seen - length + 1)
+    return mask + hidden.tril(seen - length - window) if window else mask
+
+
 def packed_attention(module, query, key, value, attention_mask, segments=None,
                      scaling=None, sliding_window=None, **kwargs):
     """Attention of a packed pass; without segments, ordinary SDPA.
@@ -410,8 +421,10 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
     if segments is None:
         return sdpa_attention_forward(module, query, key, value,
                                       attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("softcap") is not None:
-        raise ValueError("soft-capped scores")
+    # Gemma 2's, gpt-oss's and T5's ways to change scores
+    if any(kwargs.get(name) is not None
+           for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("its attention scores are not those of SDPA")
     if query.is_cuda and query.dtype.itemsize == 2:
         return varlen_attention(query, key, value, segments, scaling,
                                 sliding_window), None
@@ -430,11 +443,8 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
             v = torch.cat([values[parent], v], 2)
         seen = k.shape[2]
         if parent != i or sliding_window and sliding_window < seen:
-            # of floats: SDPA would make them of bools, forward and backward
-            hidden = query.new_full((length, seen), -math.inf)
-            mask = hidden.triu(seen - length + 1)
-            if sliding_window:
-                mask += hidden.tril(seen - length - sliding_window)
+            mask = lower_right(length, seen, sliding_window, query.dtype,
+                               query.device)
         parts.append(scaled_dot_product_attention(
             queries[i], k, v, mask, is_causal=mask is None, scale=scaling,
             enable_gqa=True))

@@ -72,7 +72,7 @@ def arguments_of(commands, script):
 def test_commands_are_found(commands):
     assert len(commands) > 20 and ["-m", "pytest"] in [words[1:3] for words in commands]
     assert {os.path.basename(w) for words in commands for w in words if w.endswith(".py")} == {
-        "latro.py", "evaluate.py", "bench.py", "study.py", "kill.py"}
+        "latro.py", "evaluate.py", "bench.py", "study.py", "kill.py", "gpu.py"}
     assert (["--seed", "9"], ["python"]) in arguments_of(commands, "latro.py")  # one process: no torchrun around it
     launched = [" ".join(before) for _, before in arguments_of(commands, "latro.py") if "--node_rank" in before]
     assert any("--node_rank 0 --master_addr host0" in words for words in launched)
@@ -110,6 +110,7 @@ def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
         run = tmp_path / name
         shutil.copytree(base / "runs/cups-base/final", run / "best")
         (run / "config.yaml").write_text("model_name_or_path: runs/cups-base/final\ndataset_name: cups\nresponse_length: 24\n")
+        (run / "metrics.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load_model", lambda *_: (model, tokenizer))
     monkeypatch.setattr(evaluate, "load_rows", lambda *_: data.load_rows("cups", "test"))
@@ -122,7 +123,7 @@ def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
 
 def test_other_commands(commands):
     """Scripts of the tests that have tests of their own: here only that --help knows the options."""
-    for script in ("bench.py", "study.py", "kill.py"):
+    for script in ("bench.py", "study.py", "kill.py", "gpu.py"):
         for arguments, _ in arguments_of(commands, script):
             helped = subprocess.run([sys.executable, os.path.join(ROOT, "tests", script), "--help"], capture_output=True, text=True)
             assert helped.returncode == 0
