@@ -194,7 +194,7 @@ def test_the_best_model_so_far_outlives_a_full_disk(apart, monkeypatch):
 
 
 def test_one_job_at_a_time(apart):
-    other = latro.lock("runs/x", None)
+    other = latro.lock("runs/x", None, False)
     arguments = [*BY_EPOCHS, "--run_name", "x", "--max_steps", "1", "--checkpoint_path", "latest"]
     with pytest.raises(data.UserError, match="runs/x: another process writes to it; stop it, or give another run_name"):
         latro.main(arguments)

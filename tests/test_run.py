@@ -170,7 +170,7 @@ def test_own_jsonl_trains_and_evaluates(default_run):
     assert evaluations[0]["n"] == 2 and updates[0]["epoch"] == pytest.approx(8 / 18)
     printed = script("evaluate.py", "--model", "runs/own/final", cwd=folder)
     assert "20 questions" in printed
-    assert json.load(open(f"{folder}/runs/own/evaluation-final.json"))["split"] == "all"
+    assert json.load(open(f"{folder}/runs/own/evaluation-final-split=all.json"))["split"] == "all"
     assert "holds a run already" in script("latro.py", "--model_name_or_path", base, "--dataset_name", "jsonl",
                                            "--dataset_path", "my.jsonl", "--run_name", "own", "--response_length", 20,
                                            cwd=folder, code=2)
