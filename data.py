@@ -170,7 +170,8 @@ def gsm8k(split, path=None, few_shot=0):
     few_shot puts the first of the eight worked examples of Wei et al. (2022, Table 20) in front
     of the question instead.
     """
-    shots = (Path(__file__).parent / "configs/gsm8k_8shot.txt").read_text().strip().split("\n\n")
+    shots = (Path(__file__).parent / "configs/gsm8k_8shot.txt").read_text("utf-8")
+    shots = shots.strip().split("\n\n")
     for row in raw_rows(path or "openai/gsm8k", split, ["main"], question=str, answer=str):
         # <<48/2=24>> are calculator notes.
         solution = re.sub("<<.*?>>", "", row["answer"])
@@ -516,10 +517,12 @@ def choose_grader(given, name, rows):
         check_row(row, "grader option", options=list)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"
         require(row["groundtruth"] in row["options"], wrong)
+    if grader:
+        return grader
     truths = [row["groundtruth"].strip() for row in rows]
     numbers = all(map(NUMBER.fullmatch, truths))
     objects = all(t[:1] in "{[" and extract_json(t) for t in truths)
-    return grader or ("number" if numbers else "json" if objects else "text")
+    return "number" if numbers else "json" if objects else "text"
 
 
 def grade(grader, text, row):

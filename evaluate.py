@@ -979,8 +979,9 @@ def settle(cls, given):
     and the nearest known one, or the key whose value has the wrong type."""
     kinds, values = get_type_hints(cls), {}
     for name, value in given.items():
-        near = difflib.get_close_matches(str(name), kinds, 1, 0.5)
-        require(name in kinds, f"{name}: unknown key; did you mean {[*near, '--help'][0]}?")
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1, 0.5) or ["--help"]
+            raise UserError(f"{name}: unknown key; did you mean {near[0]}?")
         try:
             values[name] = convert(kinds[name], value)
         except ValueError:

@@ -499,22 +499,28 @@ def checkpoints(directory) -> list[str]:
     return [f"{folder}/step-{step}" for step in sorted(steps, reverse=True)]
 
 
+def read_state(path):
+    """The state of a checkpoint; None where one of its files is missing, or was cut short."""
+    with suppress(OSError, ValueError, KeyError):
+        state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
+        sizes = state.pop("sizes")
+        if all(getsize(f"{path}/{name}") == sizes[name] for name in sizes):
+            return state
+
+
 def find_checkpoint(directory, chosen):
     """(path, state) of the checkpoint that a run continues from: the chosen one, or the latest;
     (None, the state of an untrained model) where it starts afresh."""
-    for path in checkpoints(directory) if chosen == "latest" else [chosen] if chosen else []:
-        # a file is missing, or was cut short
-        with suppress(OSError, ValueError, KeyError):
-            state = json.loads(Path(f"{path}/state.json").read_text("utf-8"))
-            sizes = state.pop("sizes")
-            if all(getsize(f"{path}/{name}") == sizes[name] for name in sizes):
-                break
-        require(chosen == "latest", f"checkpoint_path {path}: no whole checkpoint; give a "
+    path, logs = None, dict.fromkeys(LOGS, 0)
+    state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, logs=logs)
+    candidates = [chosen] if chosen else []
+    for candidate in checkpoints(directory) if chosen == "latest" else candidates:
+        if found := read_state(candidate):
+            path, state = candidate, found
+            break
+        require(chosen == "latest", f"checkpoint_path {candidate}: no whole checkpoint; give a "
                                     "checkpoints/step-N folder or latest")
-        say(f"warning: {path} is damaged and skipped")
-    else:
-        path, logs = None, dict.fromkeys(LOGS, 0)
-        state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, logs=logs)
+        say(f"warning: {candidate} is damaged and skipped")
     # a checkpoint of another run knows nothing of this one's best/
     if not exists(f"{directory}/best"):
         state["best"] = 0.0

@@ -142,7 +142,7 @@ def test_continuous_batching(tiny, cups, monkeypatch, batch_size):
     assert sum(rows for rows, _ in calls.prompts) == len(prompts)
     width, tokens = min(batch_size, 24), sum(len(ids) for ids, _ in got)
     assert sum(calls.steps) == tokens and calls.steps[0] == width
-    begun, ended = 0, 0  # replay: how full was the batch while rows waited?
+    begun = 0  # replay: how full was the batch while rows waited?
     lengths = [len(ids) for ids, _ in got]
     running = []
     for rows in calls.steps:

@@ -1,5 +1,4 @@
 """Checkpoints, preemption, sharding over ranks and nodes, and the plan."""
-import copy
 import glob
 import json
 import os
