@@ -17,10 +17,11 @@ the training split, never from the test split.
 import json
 import random
 import re
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Context, Decimal
-from functools import partial
+from fractions import Fraction
+from functools import lru_cache, partial
 from os.path import exists, isdir, isfile
 from pathlib import Path
 
@@ -387,19 +388,26 @@ def embedded_model():
     return LlamaForCausalLM(config), tokenizer
 
 
-# --- Answers: extraction and grading --------------------------------------------------------------
-NUMBER = re.compile(r"(?<![\w.])[-−–]?\\?[$€£]?[-−–]?"
-                    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-
-
-def statement(text):
-    """What follows the last "answer is" or "####" in a text, or ""."""
-    return "".join(re.split(r"(?i)answer\s+is\s*:?|####", text)[1:][-1:])
+# --- Answers: where they are ----------------------------------------------------------------------
+# "answer is", "Answer:", "####"; but not "answer is right", nor "answer options are"
+STATED = re.compile(
+    r"(?i)####|\b(?:answers?|(?:right|correct|best) (?:choice|option)|final(?= ?:))\b(?!\s+(?:options|choices))"
+    r"(?:(?!\b(?:is|are)\b)[^.:=\n]){0,40}(?:\b(?:is|are|be)\b|[:=])(?!\W*(?:right|correct|wrong|not)\b)"
+    r"|答案(?:是|为|為|[:：])|(?:答え|正解)は|답은|정답[은:]"
+    r"|\b(?:respuesta|réponse|antwort|risposta|resposta|ответ)\b[^.:\n]{0,20}?(?:\b(?:es|est|ist|lautet|é|è)\b|:)")
+BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(\w+))")
+BOLD = re.compile(r"\*\*([^*\n]*[^*\n:])\*\*(?!:)")
+# where a model goes on to a question of its own or to a courtesy; "Q:" only behind an answer, for it
+# may be a point of the solution
+NEXT = re.compile(
+    r"(?i)\n\s*\n\W*(?:(?:question|human|user|problem|input|instruction)\b[^\n:]{0,9}:|q\d*: *[a-z]"
+    r"|(?:let me know|i hope|would you like|feel free|do you|if you (?:have|need|want))\b)|<\|\w+\|>")
+NEXT_SHOT = re.compile(r"(?i)\n\W*q\d*:")
 
 
 def last_boxed(text):
     """What the last \\boxed{…} or \\fbox{…} holds, braces balanced; 2 for "\\boxed 2"; or None."""
-    box = re.match(r"(?s).*\\(?:boxed|fbox)(?:\s*\{|\s+(\w+))", text)
+    *_, box = [None, *BOXED.finditer(text)]
     if not box or box[1]:
         return box and box[1]
     rest = text[box.end():]
@@ -410,96 +418,301 @@ def last_boxed(text):
             return rest[:token.start()]
 
 
+def final_part(text):
+    """What an output says after thinking, without what follows its answer."""
+    before, closed, after = text.rpartition("</think>")
+    text = after if closed and after.strip() else before + after.partition("<think>")[0]
+    for mark in NEXT.finditer(text):
+        if text[:mark.start()].strip():
+            text = text[:mark.start()]
+            break
+    for mark in NEXT_SHOT.finditer(text):
+        if claims(text[:mark.start()]):
+            return text[:mark.start()]
+    return text
+
+
+def claims(text):
+    """The answers that a text states, the last one first: what a \\boxed{} holds and what follows
+    "answer is", "Answer:" or "####"; where there is none of these, what is in bold face."""
+    found = [(mark.end(), text[mark.end():]) for mark in STATED.finditer(text)]
+    box = last_boxed(text)
+    if box is not None:
+        found.append((text.rindex(box), box))
+    found = found or [(bold.start(), bold[1]) for bold in BOLD.finditer(text)]
+    return [claim for _, claim in sorted(found, reverse=True)]
+
+
+def statements(text):
+    """The lines that a text answers with, the likeliest first: of each claim, then the last one."""
+    said = [line for line in text.split("\n") if re.search(r"\w", MARKUP.sub("", line))]
+    stated = [claim.strip(" \n:*#").split("\n")[0] for claim in claims(text)]
+    return [line for line in stated if line.strip()] + said[-1:]
+
+
+def sentence(line):
+    """The first sentence of a line."""
+    return re.split(r"(?<=\w\w)[\"'”’)}*$]*[.!;]\s", line)[0]
+
+
+# --- Answers: numbers -----------------------------------------------------------------------------
+CURRENCY = (r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]"
+            r"|\b(?:[A-Z]{3}|Rs|Rp)\.?")
+# what a text's numbers are freed from, in this order
+PLAIN = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\[dtc]?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}|\\[dtc]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4 "),
+    (r"\\(?:times|cdot)\b|\bx(?= ?10 ?\^)", "×"),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|~)(?=\d)", ","),
+    # markup, subscripts
+    (r"\\(?:text|math|mbox|operatorname)\w*|\*\*|__|`|</?\w+>|\b_(?=\d)|(?<=\d)_(?![\w{])", ""),
+    (r"(?<=[A-Za-z])_(?:\{\w+\}|\w+)", ""),
+    (r"[\\{}]", ""),
+    (r"\.\.+|…", " "),
+    # "3 of the 20", "not 12"
+    (r"(?i)\b(?:(?:out )?of (?:(?:the|all|those|her|his|their|original) )*|not )\d[\d,]*", ""),
+    (r"(?i)\b(?:minus|negative)\s+(?=\W?\d)|(?<![\w)])–(?=[\d.])", "-"),
+    (r"(?i)\bbetween (\S+) and (?=\W?\d)", r"\1-"),
+    (rf"(?:{CURRENCY})\s?(?=-?\.?\d)|\$", ""),
+    # 1,234 and 1,00,000; 10 000, 1'000 and 1_000; 1.000.000 and 1.000,50; a decimal comma
+    (r"(?<=\d),(?=(?:\d\d\d?,)*\d{3}(?!\d))", ""),
+    (r"(?<=\d)[ '’_](?=\d{3}(?!\d))(?<!\d{4}.)", ""),
+    (r"(?<![\d.])(\d{1,3})\.(\d{3})(?:\.(\d{3})|(?=,\d\d\b))(?!\d)", r"\1\2\3"),
+    (r"(?<![\d,.])(\d+),(?=\d\d?(?![\d,]))", r"\1."),
+)]
+SCALES = {"k": 3, "M": 6, "B": 9, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+          "lakh": 5, "crore": 7, "万": 4, "億": 8, "亿": 8}
+# sign, whole part of a mixed number, digits, denominator, exponent, powers of ten, scale
+NUMBER = (r"((?<![A-Za-z\d.)\]])[-−])?(?<![A-Za-z\d_.^])(?:(\d+) +(?:and )?(?=\d+/\d))?"
+          r"(\d+(?:\.\d+)?|\.\d+)(?:/(\d+))?(?:\^(\d+))?"
+          r"(?:[eE]([-+]?\d+)|\s?[×*]\s?10\s?\^\s?\(?([-−]?\d+)\)?)?"
+          rf"(?:([kMB])\b|\s?({'|'.join([*SCALES][3:-3])})\b|([万億亿]))?")
+# an expression, a range, a time: 9 * 2, 18-20, 3:30
+CHAIN = re.compile(rf"{NUMBER}(?:(?:\s*[-−–—+*×÷/:^~]\s*|\s+(?:to|or)\s+){NUMBER})*")
+LEAD = re.compile(r"(?i)[^\w.\-−]*(?:(?:about|approximately|around|roughly|exactly|only|just|equal to|"
+                  r"therefore|thus|now|a total of)\b[^\w.\-−]*)*")
+WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+         "fifteen sixteen seventeen eighteen nineteen twenty").split()
+
+
+def plain(text):
+    """The text with its numbers in plain notation: no markup, currencies, thousands separators."""
+    # ² and ½ would become digits of the number before them
+    text = re.sub(r"[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    for pattern, new in PLAIN:
+        text = pattern.sub(new, text)
+    return text
+
+
+def value(found):
+    """A match of NUMBER in canonical notation: "1234.5", "1/3"; None for a chain of several."""
+    match = found and re.fullmatch(NUMBER, found[0])
+    if not match:
+        return None
+    sign, whole, digits, below, exponent, *powers = match.groups()
+    power = sum(SCALES.get(p) or int(p.replace("−", "-")) for p in powers if p)
+    exponent = int(exponent or 1)
+    if abs(power) > 300 or exponent > 99 or len(digits) > 4000 or below and not int(below):
+        return None
+    number = Fraction(digits) ** exponent / int(below or 1) + int(whole or 0)
+    number *= Fraction(10) ** power * (-1 if sign else 1)
+    if number.denominator == 1:
+        return str(number)
+    decimal = f"{float(number):.15f}".rstrip("0")
+    return decimal if Fraction(decimal) == number else str(number)
+
+
+def whole_number(text):
+    """The value of a text that is nothing but a number, or None."""
+    return value(CHAIN.fullmatch(plain(text).strip()))
+
+
+def claimed_number(claim):
+    """The match of the number, or chain of numbers, that a claim gives; or None."""
+    claim = plain(claim).strip(" \n:*([")
+    first = re.split(r"(?<=\w)[.!?;](?=\s)|。|\n", claim)[0]
+    clause = re.split(r", |\(| (?:because|since|as|so|for|which)\b", first)[0]
+    *equals, right = re.split("[=≈]", clause)
+    found = equals and CHAIN.search(right) or CHAIN.match(clause, LEAD.match(clause).end())
+    if found:
+        return found
+    # prose: of one sentence the first number, of several the last one
+    paragraph = claim.split("\n\n")[0]
+    numbers = [*CHAIN.finditer(paragraph)] or [None, *CHAIN.finditer(claim)]
+    return numbers[0 if first == paragraph.strip(" .*") else -1]
+
+
 def extract_number(text):
     """The number a text answers with, in plain decimal notation ("1234.5"), or None.
 
-    Looked for, in this order: the first number after the last "answer is" or "####"; the first in
-    the last \\boxed{}; the last one anywhere. Thousands separators, currency and percent signs,
-    units and markup are dropped; "−" is "-".
+    Of the last claim that has one: what is behind its "=", else what it begins with, else its last
+    one. Without a claim, the last number of the text. 1/2, 2 1/2, 5 million and 1.2 × 10^6 are
+    numbers; an expression (9 * 2), a range or a time is none.
     """
-    # LaTeX's thousands separators
-    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d)", ",", text)
-    stated = NUMBER.findall(statement(text))
-    boxed = NUMBER.findall(last_boxed(text) or "")
-    found = stated[:1] + boxed[:1] + NUMBER.findall(text)[-1:]
-    if not found:
-        return None
-    digits = re.sub(r"[^\d.]", "", found[0])
-    # Exact, whatever its length.
-    value = Decimal(digits).normalize(Context(len(digits)))
-    sign = "-" if value and re.search("[-−–]", found[0]) else ""
-    return f"{sign}{value:f}"
+    for claim in claims(text):
+        found = claimed_number(claim)
+        if found or not claim.strip():
+            return value(found)
+    # what is in brackets at the end, a reason or a check explains what is before
+    said = re.split(r"(?i)\n\s*\n\W*(?:verif|check|let me (?:check|verify))", text)[0]
+    numerals = re.sub(r"(?:(?<=[\w%] )\([^()]*\)|(?<=\w), (?:since|because)\b.*)(?=\W*$)", "", plain(said))
+    if found := [*CHAIN.finditer(numerals)]:
+        return value(found[-1])
+    words = re.findall(rf"(?<![-\w])(?:{'|'.join(WORDS)})(?![-\w]| (?:hundred|thousand))", text.lower())
+    return str(WORDS.index(words[-1])) if words else None
 
 
-def answer_line(text):
-    """The line after the last "answer is", or the last line that is not blank."""
-    return statement(text).strip().split("\n")[0] or text.strip().split("\n")[-1]
+# --- Answers: texts and options -------------------------------------------------------------------
+MARKUP = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+|mbox)\s*|</?\w+>|\*\*|__|```\w*|`|(?<!\\)\$|\\[()\[\]]")
+# an option's letter or number at the beginning; one that is chosen: "B is correct", "we are left with B"
+LABEL = re.compile(
+    r"[^\w+\-−]*(?:(?i:the|la|option|choice|letter|answer|therefore|thus)\b\W*)*"
+    r"(?:([A-J1-9])(?=\W*$|[).:,;}\]\"'](?!\d)|\s*[-–—]\s|\s+(?:because|since|as|and|which)\b|[^\x00-\x7f])"
+    r"|([a-j])(?=\)|[.:]?\W*$|[.:]\s))")
+CHOSEN = re.compile(
+    r"(?:\b(?i:option|choice|opción|opção|pick|choose|go with|select|take|say|leaves)\s+\(?|选"
+    r"|(?<!\w)\(?(?=[A-J]\)?\s+is\b)|(?i:\bwith|\bonly|\bis|[:=→])\s*\(?(?=[A-J]\W*$))"
+    r"([A-J1-9])(?![A-Za-z\d])(?!\)?\s+is\s+(?:not|wrong|incorrect))")
+
+
+@lru_cache(4096)
+def fold(text, level=3):
+    """A text as it is compared: 1 without markup and in one form of Unicode, 2 in lower case, 3
+    without an article and without punctuation around it."""
+    text = " ".join(text.split())
+    if level > 0:
+        text = MARKUP.sub("", text).strip("{} ")
+        text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’‘“”−", "''\"\"-"))
+    if level > 1:
+        text = re.sub(r"(?<=\d)\s+(?=[°%A-Za-z])", "", text).casefold()
+    if level > 2:
+        bare = re.sub(r"^[^\w+\-]+|[^\w+\-#]+$", "", re.sub(r"^\W*(?:the|an?) (?=.)", "", text))
+        text = bare or text
+    return text
+
+
+def readings(text):
+    """Folded readings of a text's answer: all of it; its last claim's line, else its last line, up to
+    a comma or bracket, up to the sentence's end, and, where nothing is claimed, behind the last "is"."""
+    line = [*statements(text), ""][0]
+    behind = re.split(r"(?:\b(?:is|are|was|were|by|called|named|in|ist|est|es)\b:?|'s\b)", sentence(line))[-1:]
+    return [fold(said) for said in (text, line, re.split(r",| \(", line)[0], sentence(line), *behind * (not claims(text)))]
+
+
+def listed_texts(truth):
+    """The accepted answers that a groundtruth lists as a JSON array, or None."""
+    with suppress(ValueError, RecursionError):
+        listed = json.loads(truth)
+        return listed if isinstance(listed, list) and all(isinstance(t, str) for t in listed) else None
 
 
 def extract_text(text):
-    """The line that a text answers with.
-
-    In lower case, white space folded, no quotes, markup or punctuation around it; but C++ is not
-    C, nor A- A.
-    """
-    words = answer_line(text).lower().split()
-    return " ".join(words).strip("!\"$%&'()*,./:;<=>?@[\\]^_`{|}~ ’‘“”")
+    """What a text answers with, in lower case, no quotes, markup, article or punctuation around it;
+    but C++ is not C, nor A- A. It is the last of the `readings`."""
+    return readings(text)[-1]
 
 
 def extract_option(text, options):
     """The option a text answers with, or None where none or more than one is named.
 
-    After the last "answer is" (else in the last line): the whole answer equals an option's text;
-    or it begins with an option's letter or number ("B", "(B)", "B. salt water", "2)"); or exactly
-    one option stands in it as whole words, where an option inside a longer one that stands there
-    too ("water" in "salt water") does not count.
+    Of each claim, the last one first, then of the last line: it equals an option, compared exactly
+    first, then without regard to case, then to punctuation, as far as the options stay apart; or it
+    begins with an option's letter or number ("B", "(B)", "B because"), or chooses one ("B is
+    correct"); or exactly one option stands in it, where an option inside a longer one ("water" in
+    "salt water") does not count; or it stands in exactly one option.
     """
-    answer = extract_text(text)
-    texts = {extract_text(str(o)): o for o in options}
-    texts.pop("", None)
-    if answer in texts:
-        return texts[answer]
-    label = re.match(r"\W*(?:(?:option|choice|letter|answer|boxed|text)\W+)*"
-                     r"([a-j1-9])(?:\W*$|[).:,](?!\d)|\s*[-–]\s)", answer)
-    if label:
-        labels = dict(zip("abcdefghij", options)) | dict(zip("123456789", options))
-        return (labels | texts).get(label[1])
+    labels = dict(zip("ABCDEFGHIJ", options)) | dict(zip("123456789", options))
+    # a number that is an option's text is no label
+    labels |= {option: option for option in options if option.isdigit()}
 
-    def named_in(whole):
-        return {t for t in texts if re.search(rf"(?<!\w){re.escape(t)}(?!\w)", whole)}
+    def single(said, like):
+        for level in range(4):
+            folds = [fold(o, level) for o in options]
+            some = [f for f in folds if f and like(f, fold(said, level))]
+            longest = max(some, key=len, default="")
+            if some and all(f in longest for f in some) and folds.count(longest) == 1:
+                return options[folds.index(longest)]
 
-    named = named_in(answer)
-    longest = max(named, key=len, default="")
-    return texts.get(longest) if named == named_in(longest) else None
+    def within(part, whole):
+        return re.search(rf"(?<![\w+\-]){re.escape(part)}(?!\w)", whole)
+
+    # a word at the beginning, before an explanation
+    first = [line for line in text.strip().split("\n")[:1] if len(line) < 9 and not claims(text)]
+    for line in first + statements(text):
+        for said in (line, line.rstrip(". "), sentence(line)):
+            if found := single(said, str.__eq__):
+                return found
+        said = fold(line, 1).replace("\\", "")
+        if label := LABEL.match(said):
+            return labels.get((label[1] or label[2]).upper())
+        if chosen := CHOSEN.findall(said):
+            return labels.get(chosen[-1])
+        clause = re.split(r"(?i)\b(?:because|since|as|not)\b|, |\(", said)[0]
+        found = single(clause, within) or single(said, within)
+        if found or len(said) > 3 and (found := single(sentence(line), lambda f, said: within(said, f))):
+            return found
+    chosen = CHOSEN.findall(fold(text, 1))
+    return labels.get(chosen[-1]) if chosen else None
 
 
+# --- Answers: JSON and mathematics ----------------------------------------------------------------
 def extract_json(text):
-    """The JSON value a text answers with, in canonical form (sorted keys), or None.
-
-    After the last "answer is" or anywhere, the first object or array that parses.
-    """
-    # No JSON value goes on beyond "\n#".
-    text = statement(text) + "\n#" + text
+    """The last JSON object or array in a text, in canonical form (sorted keys, 1.0 is 1), or None,
+    also where the last one is cut short."""
+    decoder = json.JSONDecoder(parse_float=lambda x: int(float(x)) if float(x) % 1 == 0 else float(x))
+    found, end = None, 0
     for match in re.finditer(r"[\[{]", text):
-        with suppress(ValueError, RecursionError):
-            value, _ = json.JSONDecoder().raw_decode(text, match.start())
-            return json.dumps(value, sort_keys=True)
+        if match.start() < end:
+            continue
+        try:
+            found, end = decoder.raw_decode(text, match.start())
+        except json.JSONDecodeError as error:
+            if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+                return None
+        except RecursionError:
+            return None
+    return None if found is None else json.dumps(found, sort_keys=True)
+
+
+FORMULA = re.compile(r"(?s)\\\[(.+?)\\\]|\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$")
 
 
 def extract_math(text):
-    """The LaTeX a text answers with.
-
-    The last \\boxed{}, else the first $…$ of the line after the last "answer is", or that line.
-    """
-    line = answer_line(text)
-    formula = re.search(r"(?:(?<!\\)\$|\\\()(.+?)(?:(?<!\\)\$|\\\))", line)
-    return last_boxed(text) or (formula[1] if formula else line).strip(" *.:$")
+    """The LaTeX a text answers with: of the last claim the first formula, or its first line; of a
+    plain number the decimal notation. Spaces and sizes are dropped: equal answers vote together."""
+    claim = [*claims(text), text.strip().split("\n")[-1]][0].strip()
+    formula = FORMULA.search(claim)
+    if formula and len(claim[:formula.start()].strip()) < 40:
+        claim = next(filter(None, formula.groups()))
+    claim = claim.strip().split("\n\n")[0].strip(" *:$\n").removesuffix(".")
+    # x = 5 and 5! = 120 answer with what is on the right, 2x + y = 6 is an equation
+    left = r"(?:[A-Za-z](?:_\{?\w+\}?)?(?:\(\w\))?|(?:\\[a-z]+|[^A-Za-z=])+)"
+    claim = re.sub(rf"^{left}\s*=(?!.*=)|^[^,]*=.*=", "", claim).removesuffix("%").removesuffix("\\")
+    if len(re.findall(r"\b[A-Za-z]{3,}\b", re.sub(r"\\\w+|\{[^{}]*\}", "", claim))) > 1:
+        number = claimed_number(claim)
+        return value(number) or fold(re.split(r"\b(?:is|are)\b", claim)[-1])
+    if number := whole_number(claim):
+        return number
+    claim = re.sub(r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-z])|[,!;: ])|(?<!\w)\s+|\s+(?!\w)", "", claim)
+    for name, short in (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("π", "\\pi "), ("\\varnothing", "\\emptyset")):
+        claim = claim.replace(name, short)
+    claim = re.sub(r"√\(?(\w+)\)?", r"\\sqrt{\1}", claim)
+    return re.sub(r"\\[dt]frac", r"\\frac", claim)
 
 
 def math_equal(prediction, truth):
-    """Equality of two LaTeX answers by the math-verify library."""
+    """Equality of two LaTeX answers: of their words, or by the math-verify library, which knows
+    nothing of number bases, of open and closed intervals, and takes 2x+y=6 for 6."""
     from math_verify import parse, verify
-    return prediction == truth or verify(parse(f"${truth}$"), parse(f"${prediction}$"))
+    both = prediction, truth
+    words = {re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", x).strip().casefold() for x in both}
+    bases = {base for x in both for base in re.findall(r"_\{?(\d+)\}?$", x)}
+    ends = {end for x in both for end in re.findall(r"^\\?([\[(])[^,]*,[^,]*([\])])$", x)}
+    equations = {"=" in x for x in both}
+    if len(words) == 1 or max(map(len, (bases, ends, equations))) > 1:
+        return len(words) == 1
+    return verify(parse(f"${truth}$"), parse(f"${prediction}$"), allow_set_relation_comp=True)
 
 
 GRADERS = dict(number=extract_number, text=extract_text, json=extract_json,
@@ -507,37 +720,47 @@ GRADERS = dict(number=extract_number, text=extract_text, json=extract_json,
 
 
 def choose_grader(given, name, rows):
-    """`given`, or the dataset's grader, or, for a user's JSONL, what fits its groundtruths.
+    """(grader, why): `given`, or the dataset's own, or, for a user's JSONL, what fits its groundtruths.
 
-    number where every one is one, json where every one is an object or array, else text.
+    number where every one is a number, json where every one is an object or an array that does not
+    list texts, else text.
     """
-    grader = given or DATASETS[name][1]
+    grader, why = (given, "as asked") if given else (DATASETS[name][1], f"the one of {name}")
     require(grader in [None, *GRADERS], f"grader {grader}: unknown; choose one of {[*GRADERS]}")
     for row in rows if grader == "option" else []:
         check_row(row, "grader option", options=list)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"
         require(row["groundtruth"] in row["options"], wrong)
     if grader:
-        return grader
-    truths = [row["groundtruth"].strip() for row in rows]
-    numbers = all(map(NUMBER.fullmatch, truths))
-    objects = all(t[:1] in "{[" and extract_json(t) for t in truths)
-    return "number" if numbers else "json" if objects else "text"
+        return grader, why
+    truths = [row["groundtruth"] for row in rows]
+    texts = [truth for truth in truths if not whole_number(truth.rstrip("% "))]
+    if not texts:
+        return "number", "every groundtruth is a number"
+    if all(extract_json(t) and t.strip()[0] in "{[" and not listed_texts(t) for t in truths):
+        return "json", "every groundtruth is JSON"
+    return "text", f"groundtruth {texts[0]!r:.60} is no number"
 
 
 def grade(grader, text, row):
     """(prediction, correct) of a model's whole output.
 
-    Predictions are normalised: equal answers vote together.
+    Predictions are normalised: equal answers vote together. A text's groundtruth may be a list of
+    accepted answers.
     """
-    # A few-shot prompt's model may go on to a next question.
-    text = text.split("\nQ:")[0]
+    text, truth = final_part(text), row["groundtruth"]
+    if grader == "text":
+        truths = {fold(accepted) for accepted in listed_texts(truth) or [truth]}
+        right = [said for said in readings(text) if said in truths]
+        return [*right, extract_text(text)][0] or None, bool(right)
     extract = GRADERS[grader]
     if grader == "option":
         extract = partial(extract, options=row["options"])
     prediction = extract(text)
     if not prediction:
         return None, False
+    gold = extract(truth)
+    correct = prediction == gold
     if grader == "math":
-        return prediction, math_equal(prediction, row["groundtruth"])
-    return prediction, prediction == extract(row["groundtruth"])
+        correct = correct or math_equal(prediction, truth) or math_equal(prediction, gold)
+    return prediction, correct

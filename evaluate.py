@@ -1056,8 +1056,8 @@ def main(argv):
     require(path != run or not s.out, f"out {out}: is one file; needs --model, and not a run")
     require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in an existing folder")
     rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
-    grader = choose_grader(s.grader, s.dataset_name, rows)
-    check_rows(rows, grader)
+    grader, why = choose_grader(s.grader, s.dataset_name, rows)
+    check_rows(rows, grader, why)
     results, dtype = {}, resolve_dtype(s.dtype, device)
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
@@ -1076,8 +1076,9 @@ def main(argv):
         print("\nevery row:", *files.values())
 
 
-def check_rows(rows, grader):
-    """Say which gold responses their grader calls wrong."""
+def check_rows(rows, grader, why):
+    """Say how answers are graded, and which gold responses the grader calls wrong."""
+    say(f"grader: {grader}, {why}")
     wrong = [row for row in rows if not grade(grader, row["responses"], row)[1]]
     for row in wrong[:1]:
         say(f"warning: the grader {grader} calls {len(wrong)} of {len(rows)} gold responses wrong; the "

@@ -611,8 +611,8 @@ def load_examples(config, model, tokenizer):
     name, path, length = config.dataset_name, config.dataset_path, config.response_length
     splits = "train", "validation", closing_split(path)
     train, validation, closing = (load_rows(name, split, path) for split in splits)
-    grader = choose_grader(config.grader, name, train + validation + closing)
-    check_rows(validation + closing, grader)
+    grader, why = choose_grader(config.grader, name, train + validation + closing)
+    check_rows(train + validation + closing, grader, why)
     # SFT pushes gold rationales through the model, and samples in evaluations only
     gold = config.objective == "sft"
     room = context_left(model, 0 if gold else length)

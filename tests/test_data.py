@@ -6,8 +6,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import (UserError, answer_ids, decoder, end_of_turn_id, extract_number, extract_option, grade, load_rows,
-                  make_examples)
+from data import (UserError, answer_ids, decoder, end_of_turn_id, extract_number, grade, load_rows, make_examples)
 
 # --- datasets --------------------------------------------------------------------------------------------------------
 
@@ -108,7 +107,7 @@ def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
     [direct] = load_rows("arc_challenge_direct", "test", str(tmp_path))
     assert direct["queries"][0]["content"].startswith("The output MUST strictly follow the structure")
     for name in ("arc_challenge", "arc_challenge_direct"):
-        assert grade(data.choose_grader(None, name, [row]), "The answer is B.", row) == ("dry ice", True)
+        assert grade(data.choose_grader(None, name, [row])[0], "The answer is B.", row) == ("dry ice", True)
     arc["choices"]["text"][1] = "It does."
     write(tmp_path / "test.jsonl", [arc])
     assert [(row["responses"], row["groundtruth"]) for row in load_rows("arc_challenge", "test", str(tmp_path))] == [
@@ -275,98 +274,8 @@ def test_prompts_beyond_the_context_are_named():
         make_examples(make_tokenizer("qwen"), [row], context=whole - 1)
 
 
-# --- grading ---------------------------------------------------------------------------------------------------------
-NUMBERS = [
-    ("$1,234.50", "1234.5"), ("18.", "18"), ("18.00", "18"), ("−5", "-5"), ("-5", "-5"), ("5%", "5"),
-    (r"\boxed{72}", "72"),
-    ("#### 18", "18"), ("**18**", "18"), ("The answer is 18 eggs.", "18"), ("none at all", None), ("", None),
-    ("The answer is 3. The answer is 4.", "4"), ("First 3, then 7.", "7"), ("The answer is: $18.", "18"),
-    ("The answer is **18**.", "18"), ("the ANSWER is 1,000,000", "1000000"), ("9007199254740993", "9007199254740993"),
-    ("The answer is 123456789012345678901234567890.", "123456789012345678901234567890"), ("0.50", "0.5"), (".5", "0.5"),
-    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("007", "7"), ("-0", "0"), ("3-4 = -1", "-1"),
-    ("10-3=7", "7"),
-    ("5 * 3 = 15 apples", "15"), ("It costs $5.", "5"), (r"\boxed{1,000}", "1000"), (r"so $\boxed{-3}$ it is 4", "-3"),
-    ("The answer is 5 because 2 + 3", "5"), ("#### 1,200\n", "1200"), ("v2.0 gives 18", "18"),
-    ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7"), ("18 - 4", "4"), ("2/4", "4"), ("10:30", "30"),
-    ("The answer is --5", "-5"), ("-$-5", "-5"), ("The answer is - 5", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"),
-    (r"The answer is $1{,}234$.", "1234"), (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"),
-    (r"is -\$5", "-5"), ("-€5", "-5"),
-    (r"\boxed{3}, so the answer is 4", "4"), (r"\boxed{3}? No: \boxed{5}", "5"),
-]
-OPTIONS = ["water", "saltwater", "salt water", "wind"]
-CHOICES = [
-    ("The answer is water.", "water"), ("The answer is saltwater.", "saltwater"),
-    ("The answer is salt water.", "salt water"),
-    ("The answer is (B).", "saltwater"), ("The answer is B", "saltwater"), ("The answer is B. saltwater", "saltwater"),
-    ("The answer is D) wind", "wind"), ("The answer is ['wind'].", "wind"), ("The answer is 'wind'.", "wind"),
-    ("the answer is: Wind", "wind"), ("The answer is water or wind.", None), ("The answer is neither.", None),
-    ("The answer is the wind, of course.", "wind"), ("The answer is E.", None), ("I think\nwind", "wind"),
-    ("The answer is **(A) water**.", "water"), ("The answer is a gust of wind.", "wind"),
-    ("The answer is 2.", "saltwater"),
-    ("", None), ("The answer is option C.", "salt water"), ("The answer is windy.", None),
-    ("The answer is (wind)", "wind"),
-    (r"The final answer is: $\boxed{B}$.", "saltwater"), ("Answer: B", "saltwater"), ("**Answer:** (B)", "saltwater"),
-    ("So I take choice B", None), ("choice B", "saltwater"), ("The answer is the salt water here.", "salt water"),
-]
-FORCES, COUNTS, WEATHER = ["2.5 N", "1.5 N", "3.5 N", "+"], ["5", "10", "15", "1"], ["rain", "train"]
-MORE_CHOICES = [
-    (FORCES, "The answer is 2.5 N to the left.", "2.5 N"), (FORCES, "The answer is 1.5 N, east", "1.5 N"),
-    (FORCES, "", None),
-    (FORCES, "The answer is.", None), (FORCES, "The answer is 1.", "2.5 N"), (COUNTS, "The answer is 1, because", "1"),
-    (COUNTS, "The answer is 5, since", "5"), (COUNTS, "The answer is 2.", "10"),
-    (WEATHER, "It is rain, not a train", None)]
-
-
-@pytest.mark.parametrize("text, expected", NUMBERS)
-def test_numbers(text, expected):
-    assert extract_number(text) == expected
-
-
-@pytest.mark.parametrize("text, expected", CHOICES)
-def test_options(text, expected):
-    assert extract_option(text, OPTIONS) == expected
-
-
-@pytest.mark.parametrize("options, text, expected", MORE_CHOICES)
-def test_options_that_hold_numbers_or_each_other(options, text, expected):
-    assert extract_option(text, options) == expected
-
-
-@pytest.mark.parametrize("grader, text, truth, correct", [
-    ("number", "The answer is 18.0 dollars", "18", True),
-    ("number", "The answer is 18.\n\nQ: 1+1?\nA: The answer is 2.", "18", True),
-    ("number", "19", "18", False), ("number", "", "18", False),
-    ("text", "Thus the answer is Paris.", "paris", True), ("text", "Paris", "Paris", True),
-    ("text", "It is\nLondon", "Paris", False),
-    ("json", 'The answer is {"b": 1, "a": [2]}', '{"a": [2], "b": 1}', True), ("json", "{broken", '{"a": 1}', False),
-    ("json", 'call: {"a": 2}', '{"a": 1}', False), ("json", "[" * 5000, '{"a": 1}', False), ("text", "...", "?", False),
-    ("text", "The answer is C.", "C++", False), ("text", "The answer is **C++**.", "C++", True),
-    ("text", "A", "A-", False),
-    ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
-    ("math", r"\boxed{3}", "4", False), ("math", "", "4", False),
-    ("math", r"The answer is \(x+1\), at last", "1+x", True),
-    ("math", "The answer is $(1,2)$.", "1 < x < 2", True), ("math", "The answer is $1 < x < 2$.", "(1,2)", False),
-    *[("math", f"The answer is ${truth}$.{more}", truth, True) for more in ("", " I hope it is correct.") for truth in (
-        r"\frac{1}{2}", r"2\sqrt{3}", r"(-\infty,3]", r"\{1,2\}", r"x^{2}+1", r"\text{east}", "5!", r"\$3.50", "|x|")],
-    ("json", '{"say": "the answer is 5"}', '{"say": "the answer is 5"}', True),
-])
-def test_graders(grader, text, truth, correct):
-    assert grade(grader, text, {"groundtruth": truth})[1] is correct
-
-
-@pytest.mark.parametrize("truths, grader", [
-    (["18", "-3.5", "1,000"], "number"), (["18", "Paris"], "text"), (['{"name": "f"}', "[1]"], "json"),
-    (["$5", "-2"], "number"), (["3,5", "4"], "text")])
-def test_default_grader_of_a_jsonl(truths, grader):
-    assert data.choose_grader(None, "jsonl", [{"groundtruth": t} for t in truths]) == grader
-
-
 def test_messages_that_are_none(tmp_path):
     for message in ("text", 5, {"role": "user"}, {"role": "user", "content": ["text"]}):
         write(tmp_path / "my.jsonl", [{"queries": [message], "responses": "A", "groundtruth": "A"}])
         with pytest.raises(UserError, match="row 1: column queries: (no )?column (role|content)"):
             load_rows("jsonl", "all", str(tmp_path / "my.jsonl"))
-
-
-def test_a_json_value_ends_where_the_statement_ends():
-    assert data.extract_json("}, the answer is {") is None
