@@ -73,7 +73,7 @@ def read_jsonl(path):
                 # Half a surrogate pair could not be written out.
                 json.dumps(row, ensure_ascii=False).encode()
                 rows.append(row)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: {error}; give UTF-8 JSON objects")
     require(rows, f"{path}: holds no rows")
     return rows
@@ -217,8 +217,7 @@ def jsonl(split, path=None):
     columns = dict(queries=object, responses=str, groundtruth=object)
     for number, row in enumerate(raw_rows(path, split, **columns), 1):
         where = f"{path}, row {number}: column"
-        for name in columns:
-            require(row[name] not in ("", []), f"{where} {name} is empty")
+        require(row["queries"], f"{where} queries is empty")
         require(isinstance(row.get("rationales") or "", str), f"{where} rationales is no str")
         query = row["queries"]
         for message in query if isinstance(query, list) else user(query):
@@ -259,6 +258,9 @@ def load_rows(name, split, path=None, few_shot=0):
     require(few_shot in range(9 if name == "gsm8k" else 1), "few_shot: gsm8k has 8 worked examples")
     shots = {"few_shot": few_shot} if few_shot else {}
     rows = [row for part in parts[split].split() for row in DATASETS[name][0](part, path, **shots)]
+    for number, row in enumerate(rows, 1):
+        for column in ("groundtruth", "responses"):
+            require(row[column].strip(), f"{path or name}, row {number}: column {column} is empty")
     if split in ("train", "validation"):
         questions = list(dict.fromkeys(str(row["queries"]) for row in rows))
         require(questions[1:], f"dataset {name}: {len(questions)} training questions, 2 are needed")
@@ -285,13 +287,16 @@ class Example:
 def prompt_text(tokenizer, query):
     """The text of x: a string as it is, messages through the chat template.
 
-    Messages are joined by newlines if there is no template.
+    Messages are joined by newlines if there is no template. A last message of the assistant's is the
+    beginning of its answer, which goes on.
     """
     if isinstance(query, str):
         return query
     if not tokenizer.chat_template:
         return "\n".join(m["content"] for m in query)
-    return tokenizer.apply_chat_template(query, tokenize=False, add_generation_prompt=True)
+    begun = query[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        query, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
 
 
 def end_of_turn_id(tokenizer):
@@ -301,12 +306,42 @@ def end_of_turn_id(tokenizer):
     """
     ends = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        turns = [*user("?"), {"role": "assistant", "content": "ANSWER"}]
+        # a system prompt may well say "answer"
+        turns = [*user("?"), {"role": "assistant", "content": "ANSWER?!"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = tokenizer.encode(text.partition("ANSWER")[2], add_special_tokens=False)
+        after = tokenizer.encode(text.partition("ANSWER?!")[2], add_special_tokens=False)
         ends = [t for t in after if t in tokenizer.added_tokens_decoder] + ends
     require(ends[0] is not None, "the tokenizer has no EOS token; set eos_token")
     return ends[0]
+
+
+def encode(tokenizer, texts):
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def in_front(tokenizer):
+    """What the tokenizer puts in front of a text: nothing, BOS, "[gMASK] <sop>", a language tag."""
+    ids, [inside] = tokenizer("a")["input_ids"], encode(tokenizer, ["a"])
+    return next((ids[:i] for i in range(len(ids)) if ids[i:i + len(inside)] == inside), [])
+
+
+def continued(tokenizer, texts):
+    """The tokens of each text where it goes on from another.
+
+    It is tokenised behind an anchor, which is cut off again: some tokenizers put a space before the
+    first word. The anchor must not merge with the text: what is left has to decode to it.
+    """
+    decode, results = decoder(tokenizer), {}
+    for anchor in "\na.":
+        [cut] = encode(tokenizer, [anchor])
+        left = [text for text in texts if text not in results] or [""]
+        for text, ids in zip(left, encode(tokenizer, [anchor + text for text in left])):
+            kept, rest = ids[:len(cut)], ids[len(cut):]
+            begun = decode(cut + rest[:4])[len(decode(cut)):].rstrip("\ufffd")
+            # a tokenizer may not decode to what it encoded, in lower case or with unknown words
+            if kept == cut and text.startswith(begun) or anchor == ".":
+                results[text] = rest
+    return [results[text] for text in texts]
 
 
 def make_examples(tokenizer, rows, context=None, gold=False):
@@ -316,32 +351,21 @@ def make_examples(tokenizer, rows, context=None, gold=False):
     x⊕z⊕y, where z is the gold rationale. UserError where a row has more or an empty prompt, or
     where the chat template refuses it.
     """
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def continued(texts):
-        # Behind an anchor that is cut off again: some tokenizers put a space before a text's
-        # first word. Neither anchor merges with what follows it.
-        texts = [("a" if text[:1].isspace() else "\n") + text for text in texts]
-        cut = {a: len(encode([a])[0]) for a in "a\n"}
-        return [ids[cut[text[0]]:] for text, ids in zip(texts, encode(texts))]
-
     try:
-        prompts = encode([prompt_text(tokenizer, row["queries"]) for row in rows])
+        prompts = encode(tokenizer, [prompt_text(tokenizer, row["queries"]) for row in rows])
     # Of the template, such as "no system role", or of the tokenizer.
     except Exception as error:
         raise UserError(f"queries: the chat template refuses them ({error})")
-    spaced = continued([" " + row["responses"] for row in rows])
-    bare = continued([row["responses"] for row in rows])
-    rationales = continued([row.get("rationales") or "" for row in rows])
-    end = [end_of_turn_id(tokenizer)]
-    bos = [t for t in tokenizer("a")["input_ids"][:1] if t == tokenizer.bos_token_id]
+    spaced = continued(tokenizer, [" " + row["responses"] for row in rows])
+    bare = continued(tokenizer, [row["responses"] for row in rows])
+    rationales = continued(tokenizer, [row.get("rationales") or "" for row in rows])
+    end, front = [end_of_turn_id(tokenizer)], in_front(tokenizer)
     examples = []
     for row, prompt, *answers, rationale in zip(rows, prompts, spaced, bare, rationales):
         query = row["queries"]
-        # A template writes its own BOS; a string may begin with one.
-        if prompt[:1] != bos and (isinstance(query, str) or not tokenizer.chat_template):
-            prompt = bos + prompt
+        # A template writes its own; a string may begin with it.
+        if prompt[:len(front)] != front and (isinstance(query, str) or not tokenizer.chat_template):
+            prompt = front + prompt
         require(prompt, f"queries: {query!r:.80} has no tokens")
         answers = tuple(ids + end for ids in answers)
         longest = len(prompt + rationale * gold) + max(map(len, answers))
@@ -593,11 +617,15 @@ def fold(text, level=3):
 
 
 def readings(text):
-    """Folded readings of a text's answer: all of it; its last claim's line, else its last line, up to
-    a comma or bracket, up to the sentence's end, and, where nothing is claimed, behind the last "is"."""
+    """Folded readings of a text's answer: all of it; its last claim's line, else its last line, the
+    line's first sentence, its beginning up to a comma or bracket; and, where nothing is claimed, what
+    is before and behind "is"."""
     line = [*statements(text), ""][0]
-    behind = re.split(r"(?:\b(?:is|are|was|were|by|called|named|in|ist|est|es)\b:?|'s\b)", sentence(line))[-1:]
-    return [fold(said) for said in (text, line, re.split(r",| \(", line)[0], sentence(line), *behind * (not claims(text)))]
+    said = [text, line, re.split(r",| \(", line)[0], sentence(line)]
+    if not claims(text):
+        parts = re.split(r"(?:\b(?:is|are|was|were|called|named|by|ist|est|es)\b:?|'s\b)", sentence(line))
+        said += [parts[0], *(re.split(r",| \(", part)[0] for part in parts[1:])]
+    return [fold(reading) for reading in said]
 
 
 def listed_texts(truth):
@@ -689,9 +717,10 @@ def extract_math(text):
     # x = 5 and 5! = 120 answer with what is on the right, 2x + y = 6 is an equation
     left = r"(?:[A-Za-z](?:_\{?\w+\}?)?(?:\(\w\))?|(?:\\[a-z]+|[^A-Za-z=])+)"
     claim = re.sub(rf"^{left}\s*=(?!.*=)|^[^,]*=.*=", "", claim).removesuffix("%").removesuffix("\\")
-    if len(re.findall(r"\b[A-Za-z]{3,}\b", re.sub(r"\\\w+|\{[^{}]*\}", "", claim))) > 1:
-        number = claimed_number(claim)
-        return value(number) or fold(re.split(r"\b(?:is|are)\b", claim)[-1])
+    prose = re.compile(r"(?<![\\{])\b[A-Za-z]{3,}\b.*(?<![\\{])\b[A-Za-z]{3,}\b")
+    claim = re.split(r"\b(?:is|are)\b", claim)[-1].strip() if prose.search(claim) else claim
+    if prose.search(claim):
+        return value(claimed_number(claim)) or fold(claim)
     if number := whole_number(claim):
         return number
     claim = re.sub(r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-z])|[,!;: ])|(?<!\w)\s+|\s+(?!\w)", "", claim)
