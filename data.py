@@ -749,19 +749,20 @@ GRADERS = dict(number=extract_number, text=extract_text, json=extract_json,
 
 
 def choose_grader(given, name, rows):
-    """(grader, why): `given`, or the dataset's own, or, for a user's JSONL, what fits its groundtruths.
+    """(grader, why): `given`, or the dataset's own, or, for a user's JSONL, what fits its groundtruths,
+    and why.
 
     number where every one is a number, json where every one is an object or an array that does not
     list texts, else text.
     """
-    grader, why = (given, "as asked") if given else (DATASETS[name][1], f"the one of {name}")
+    grader = given or DATASETS[name][1]
     require(grader in [None, *GRADERS], f"grader {grader}: unknown; choose one of {[*GRADERS]}")
     for row in rows if grader == "option" else []:
         check_row(row, "grader option", options=list)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"
         require(row["groundtruth"] in row["options"], wrong)
     if grader:
-        return grader, why
+        return grader, None
     truths = [row["groundtruth"] for row in rows]
     texts = [truth for truth in truths if not whole_number(truth.rstrip("% "))]
     if not texts:

@@ -24,8 +24,9 @@ import warnings
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import accumulate, chain
 from os.path import basename, dirname, exists, isdir, isfile
 from pathlib import Path
@@ -47,8 +48,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
-                  end_of_turn_id, first_line, grade, load_rows, make_examples, prompt_text, require)
+from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model, encode,
+                  end_of_turn_id, first_line, grade, load_rows, make_examples, prompt_text, require, user)
 
 # bars for the long work are ours
 transformers.utils.logging.set_verbosity_error()
@@ -635,14 +636,19 @@ LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k", "finished": "ratio
           "answer_logprob_no_rationale": "log π(y|x), no rationale"}
 
 
+class Interrupted(Exception):
+    """A signal came during an evaluation."""
+
+
 def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samples: int,
-             title: str) -> dict:
+             title: str, signals: Sequence[int] = ()) -> dict | None:
     """Greedy accuracy, self-consistency over num_samples samples, and log-probabilities of the
     gold answers, by the settings s (a Common).
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut
     by training's rule. All ranks call this and share the examples; all get the same result, rows
-    in the order of `examples`."""
+    in the order of `examples`, or None where `signals`, which a handler may fill meanwhile, is no longer
+    empty on one of them."""
     decode, scorer, length = decoder(tokenizer), Scorer(model), s.response_length
     stop_ids = stop_token_ids(tokenizer, model, s.stop_token)
     begin, end = (len(examples) * r // world_size() for r in (rank(), rank() + 1))
@@ -651,6 +657,8 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     bar = tqdm(total=total, desc=title, unit="answer", leave=False, disable=rank() > 0)
 
     def stop(ids):
+        if signals:
+            raise Interrupted
         ended = ids[-1] in stop_ids or len(ids) == length
         bar.update(ended)
         return ended
@@ -663,7 +671,7 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
         rollouts = [cut_rollout(mine[i // k], ids, stop_ids, s.stop_seqs, decode)
                     for i, (ids, _) in enumerate(sampled)]
         graded = []
-        for i, (r, logprob) in enumerate(zip(rollouts, answer_logprobs(scorer, rollouts))):
+        for i, (r, logprob) in enumerate(zip(rollouts, answer_logprobs(scorer, rollouts, signals))):
             ids, _ = sampled[i]
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
             prediction, correct = grade(grader, output, mine[i // k].row)
@@ -673,17 +681,20 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
         return [graded[i * k:i * k + k] for i in range(len(mine))]
 
     keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
-    sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
-    bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
-    bare = answer_logprobs(scorer, bare)
     rows = []
-    for e, [row], samples, logprob in zip(mine, outputs(1), sampled, bare):
-        row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
-        query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"]
-        rows.append(dict(query=query, groundtruth=truth, **row, answer_logprob_no_rationale=logprob,
-                         majority=majority(samples), samples=samples))
+    with suppress(Interrupted):
+        sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
+        bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
+        bare = answer_logprobs(scorer, bare, signals)
+        for e, [row], samples, logprob in zip(mine, outputs(1), sampled, bare):
+            row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
+            query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"]
+            rows.append(dict(query=query, groundtruth=truth, **row, answer_logprob_no_rationale=logprob,
+                             majority=majority(samples), samples=samples))
     bar.close()
     rows = gather(rows)
+    if len(rows) < len(examples):
+        return None
     result = {"n": len(rows), "num_samples": num_samples}
     columns = {"accuracy": "correct", "maj_at_k": "majority"}
     for name in [name for name in LABELS if num_samples or name != "maj_at_k"]:
@@ -695,12 +706,16 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
 
 
 @torch.no_grad()
-def answer_logprobs(scorer, rollouts, size=16):
+def answer_logprobs(scorer, rollouts, signals=(), size=16):
     """log π(y|x⊕z) of each rollout; `size` rollouts a pass."""
-    # z is not asked for: its logits would be the most
-    rollouts = [replace(r, actions=[]) for r in rollouts]
-    parts = [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
-    return [logprob for part in parts for logprob in score(scorer, part)[:, 1].tolist()]
+    logprobs = []
+    for i in range(0, len(rollouts), size):
+        if signals:
+            raise Interrupted
+        # z is not asked for: its logits would be the most
+        part = [replace(r, actions=[]) for r in rollouts[i:i + size]]
+        logprobs += score(scorer, part)[:, 1].tolist()
+    return logprobs
 
 
 def stop_token_ids(tokenizer, model, stop_token):
@@ -723,7 +738,9 @@ def interval95(rate, n):
     """Wilson's 95% score interval of a rate measured on n rows."""
     w = 1.959964 ** 2 / n
     half = (w * rate * (1 - rate) + w * w / 4) ** 0.5
-    return [max(0.0, (rate + w / 2 - half) / (1 + w)), min(1.0, (rate + w / 2 + half) / (1 + w))]
+    low, high = ((rate + w / 2 + side) / (1 + w) for side in (-half, half))
+    # rounding: of 4 in 4, high would be just below 1
+    return [max(0.0, min(low, rate)), min(1.0, max(high, rate))]
 
 
 def majority(samples):
@@ -747,9 +764,12 @@ def resolve_dtype(name, device):
     return getattr(torch, name)
 
 
-def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust_remote_code=False):
+def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust_remote_code=False,
+               date=None):
     """(model, tokenizer) of a folder or hub id, weights in `dtype` ("auto": their own); "embedded":
-    the random tiny model that the embedded base is trained from.
+    the random tiny model that the embedded base is trained from. A chat template that prints
+    today's date prints `date`, "YYYY-MM-DD", wherever this tokenizer is saved: a run that goes on
+    another day sees the same prompts.
 
     UserError where either cannot be loaded, they do not fit together, or generate and score do not
     agree with the model's own forward pass."""
@@ -765,10 +785,18 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
                 attn_implementation=own, **trust)
             missing = sorted(info["missing_keys"])
             require(not missing, f"the weights lack {missing[:3]}")
+        if isinstance(tokenizer.chat_template, str):
+            day = datetime.fromisoformat(date or datetime.now().isoformat())
+            tokenizer.chat_template = re.sub(
+                r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(day.strftime(call[2])),
+                tokenizer.chat_template)
         # special tokens may lie outside the embedding, as the image token of Gemma 3's text models
         ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
         held = model.get_input_embeddings().num_embeddings
-        require(max([tokenizer.vocab_size - 1, *ordinary]) < held,
+        [templated] = encode(tokenizer, [prompt_text(tokenizer, user("?"))])
+        used = [tokenizer.vocab_size - 1, *ordinary, *tokenizer("a")["input_ids"], *templated,
+                end_of_turn_id(tokenizer)]
+        require(max(used) < held,
                 f"its tokenizer has {len(tokenizer)} tokens, its embedding {held}")
         check_model(model.to(device).eval(), packed=own is None)
     except Exception as error:
@@ -924,6 +952,8 @@ class Common:
     attn_implementation: str = "auto"
     # run the model repository's own Python code
     trust_remote_code: bool = False
+    # YYYY-MM-DD, for chat templates that print it; default: the run's, else today's
+    date: str | None = None
     # of sampling and, in training, of the data's order
     seed: int = 0
 
@@ -931,10 +961,16 @@ class Common:
 
     def __post_init__(self):
         for name, value in vars(self).items():
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
             if type(value) in (int, float) and not (value == 0 and name in self.may_be_0):
                 require(0 < value < math.inf, f"{name}: {value} is no number above 0")
         require(self.temperature or not self.num_samples,
                 "temperature: 0 makes all num_samples samples the same")
+        try:
+            datetime.strptime(self.date or "2000-01-01", "%Y-%m-%d")
+        except ValueError:
+            raise UserError(f"date: {self.date} is not YYYY-MM-DD")
         require("" not in self.stop_seqs, "stop_seqs: an empty string would end every rationale")
 
 
@@ -960,13 +996,15 @@ def parse(cls, argv):
         for name, default in vars(cls()).items():
             print(f"  --{name:<29} {keys[name]} [{default}]")
         sys.exit(0)
-    given = {}
+    given, name, known = {}, None, get_type_hints(cls)
     for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+        key, equals, value = word[2:].partition("=")
+        # a stop sequence may begin with --
+        if word.startswith("--") and (key in known or name != "stop_seqs"):
+            name = key
             given[name] = [value] if equals else []
         else:
-            require(given, f"{word}: keys begin with --")
+            require(name, f"{word}: keys begin with --")
             given[name].append(word)
     for name in given.keys() - {"stop_seqs"}:
         require(len(given[name]) == 1, f"{name}: takes one value, not {given[name]}")
@@ -991,21 +1029,27 @@ def settle(cls, given):
 
 
 def convert(kind, value):
-    """A value of YAML, or a word of a command line, as a field's type; ValueError where it is none."""
-    word, inner = str(value), get_args(kind)
-    if kind == list[str]:
-        return list(map(str, value if isinstance(value, list) else [value] if value else []))
+    """Words of a command line or a YAML file, one or several, as a field's type; ValueError where
+    they are none."""
+    words, inner = value if isinstance(value, list) else [value] if value else [], get_args(kind)
+    if kind == list[str] and all(isinstance(word, str) for word in words):
+        return words
+    if type(None) in inner and str(value).lower() in ("none", "null", "~", ""):
+        return None
+    if not value or not isinstance(value, str):
+        raise ValueError
     if type(None) in inner:
-        return None if word in ("None", "none") else inner[0](word)
+        return inner[0](value)
     if inner:
-        return inner[inner.index(word)]
-    return ["false", "true"].index(word.lower()) == 1 if kind is bool else kind(word)
+        return inner[inner.index(value)]
+    return ["false", "true"].index(value.lower()) == 1 if kind is bool else kind(value)
 
 
 def read_yaml(path):
-    """The keys of a YAML file; UserError where it holds anything else."""
+    """The keys of a YAML file, values as they are written: "12:30", "yes" and 1.10 stay text.
+    UserError where it holds anything else."""
     try:
-        return dict(yaml.safe_load(Path(path).read_text("utf-8")) or {})
+        return dict(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) or {})
     except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as lines of `key: value` ({reason})") from None
@@ -1044,10 +1088,11 @@ def main(argv):
     if given.get("dataset_name") not in (None, config.get("dataset_name")):
         # they are of the run's own dataset
         keys -= {"dataset_path", "grader", "limit"}
-    s = settle(Settings, {key: config[key] for key in keys} | given)
+    own = {key: config[key] for key in keys}
+    s, default = settle(Settings, own | given), settle(Settings, own)
     split = s.split or closing_split(s.dataset_path, "validation" if path == run else "all")
     # what is asked for beside the run's own evaluation is in the name: nothing is overwritten
-    asked = {k: vars(s)[k] for k in given if k not in ("model", "out") and vars(s)[k] != config.get(k)}
+    asked = {k: vars(s)[k] for k in given if k not in ("model", "out") and vars(s)[k] != vars(default)[k]}
     if split != closing_split(s.dataset_path):
         asked["split"] = split
     part = [re.sub(r"[^\w=.]+", "_", f"{k}={basename(str(v))}") for k, v in asked.items()]
@@ -1060,7 +1105,8 @@ def main(argv):
     check_rows(rows, grader, why)
     results, dtype = {}, resolve_dtype(s.dtype, device)
     for label, path in models.items():
-        model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code)
+        model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code,
+                                      s.date)
         examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length))
         result = evaluate(s, model, tokenizer, examples, grader, s.num_samples, label)
         results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | result
@@ -1078,7 +1124,8 @@ def main(argv):
 
 def check_rows(rows, grader, why):
     """Say how answers are graded, and which gold responses the grader calls wrong."""
-    say(f"grader: {grader}, {why}")
+    if why:
+        say(f"grader: {grader}, since {why}")
     wrong = [row for row in rows if not grade(grader, row["responses"], row)[1]]
     for row in wrong[:1]:
         say(f"warning: the grader {grader} calls {len(wrong)} of {len(rows)} gold responses wrong; the "

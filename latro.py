@@ -353,7 +353,7 @@ class Config(Common):
     num_train_epochs: float = 1.0
     # end after so many updates, whatever num_train_epochs says
     max_steps: int | None = None
-    # on validation rows, after that of the untrained model; the best model is kept
+    # on validation rows, after that of the untrained model; 0: at the end; the best model is kept
     num_evaluations: int = 4
     # rollouts in a pass with gradient; a multiple of rloo_k spares a pass without
     per_device_train_batch_size: int = 8
@@ -396,7 +396,7 @@ class Config(Common):
     # ranks that weights are sharded over (HSDP over the rest); default: all
     shard_size: int | None = None
 
-    may_be_0 = {"num_samples", "seed", "kl_coef", "sft_penalty", "max_grad_norm"}
+    may_be_0 = {"num_evaluations", "num_samples", "seed", "kl_coef", "sft_penalty", "max_grad_norm"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -436,6 +436,7 @@ def load_config(argv: list[str]) -> Config:
     given = parse(Config, argv)
     own = {"model_name_or_path", "dataset_name"} & given.keys()
     path = given.pop("config", None if own else "tiny.yaml")
+    path = path and os.path.expanduser(path)
     if path and not exists(path):
         path = f"{HERE}/configs/{path}"
     return settle(Config, (read_yaml(path) if path else {}) | given)
@@ -512,11 +513,11 @@ def find_checkpoint(directory, chosen):
     """(path, state) of the checkpoint that a run continues from: the chosen one, or the latest;
     (None, the state of an untrained model) where it starts afresh."""
     path, logs = None, dict.fromkeys(LOGS, 0)
-    state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, logs=logs)
+    state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, date=time.strftime("%Y-%m-%d"), logs=logs)
     candidates = [chosen] if chosen else []
     for candidate in checkpoints(directory) if chosen == "latest" else candidates:
         if found := read_state(candidate):
-            path, state = candidate, found
+            path, state = candidate, state | found
             break
         require(chosen == "latest", f"checkpoint_path {candidate}: no whole checkpoint; give a "
                                     "checkpoints/step-N folder or latest")
@@ -605,27 +606,33 @@ def prompt_indices(seed: int, consumed: int, n: int, count: int) -> list[int]:
     return [order(i // count)[i % count] for i in range(consumed, consumed + n)]
 
 
-def load_examples(config, model, tokenizer):
-    """The tokenised rows of every split that the run will see, and the grader: what is wrong with
-    data is wrong here."""
-    name, path, length = config.dataset_name, config.dataset_path, config.response_length
+def load_splits(config):
+    """The rows of every split that the run will see, and the grader: what is wrong with data is said
+    before a model is loaded or made."""
+    name, path = config.dataset_name, config.dataset_path
     splits = "train", "validation", closing_split(path)
     train, validation, closing = (load_rows(name, split, path) for split in splits)
     grader, why = choose_grader(config.grader, name, train + validation + closing)
     check_rows(train + validation + closing, grader, why)
+    some = 16 if config.sanity_check else None
+    return (train[:some], validation[:config.limit], closing[:config.limit]), grader
+
+
+def tokenise_splits(config, splits, model, tokenizer):
+    """Examples of training and validation; those of the table are tokenised to see whether they fit."""
+    train, validation, closing = splits
+    length = config.response_length
     # SFT pushes gold rationales through the model, and samples in evaluations only
     gold = config.objective == "sft"
-    room = context_left(model, 0 if gold else length)
-    train = make_examples(tokenizer, train[:16 if config.sanity_check else None], room, gold)
-    validation, closing = (make_examples(tokenizer, rows[:config.limit], context_left(model, length))
-                           for rows in (validation, closing))
-    return {"train": train, "validation": validation, "closing": closing}, grader
+    prompts = make_examples(tokenizer, train, context_left(model, 0 if gold else length), gold)
+    validation, _ = (make_examples(tokenizer, rows, context_left(model, length)) for rows in (validation, closing))
+    return prompts, validation
 
 
-def train(config, directory, model, tokenizer, examples, device, path, state):
+def train(config, directory, model, tokenizer, prompts, validation, device, path, state):
     """Train `model` (whole, on this rank's device, in its own dtype) and fill the run directory,
     from the checkpoint at `path`, if there is one, and its state on."""
-    prompts, count = examples["train"], len(examples["train"])
+    count = len(prompts)
     policy, reference, sampler = set_out(model, config, device)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     if path:
@@ -638,14 +645,24 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
     # all prompts of the run, from its first step on
     planned = state.consumed + (total - state.step) * per_step
     bar = tqdm(total=total, initial=state.step, desc=config.objective, unit="step", disable=rank() > 0)
-    received, stopped = [], False
-    handlers = {n: signal.signal(n, lambda *_: received.append(1)) for n in (signal.SIGTERM, signal.SIGINT)}
+    signals, stopped = [], False
+
+    def on_signal(number, frame):
+        # torchrun passes a Ctrl-C on at once: one that comes later was pressed again
+        if signals and time.time() - signals[0] > 3:
+            os._exit(128 + number)
+        signals.append(time.time())
+
+    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     while not stopped:
         # evaluate: how often is due after so many prompts, at the last evaluation and now
         last, due = (n * config.num_evaluations // planned for n in (state.evaluated, state.consumed))
-        if last < due:
-            result = evaluate(config, sampler, tokenizer, examples["validation"], config.grader, 0,
-                              f"validation, step {state.step}")
+        ended = state.step >= total
+        if last < due or ended and state.evaluated < state.consumed:
+            result = evaluate(config, sampler, tokenizer, validation, config.grader, 0,
+                              f"validation, step {state.step}", signals)
+            if result is None:
+                break
             names = "n accuracy answer_logprob rationale_length finished".split()
             row = {"step": state.step, "split": "validation"} | {name: result[name] for name in names}
             append(f"{directory}/metrics.jsonl", [row])
@@ -659,7 +676,7 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
             if state.step > 0 and result["accuracy"] >= state.best:
                 state.best = result["accuracy"]
                 export(f"{directory}/best", sampler, tokenizer)
-        if state.step >= total:
+        if ended:
             export(f"{directory}/final", sampler, tokenizer)
             break
 
@@ -690,14 +707,17 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
             raise FloatingPointError(
                 f"step {state.step}: ten updates in a row were not finite; lower learning_rate")
         # a signal may have reached one rank only: ask all
-        stopped = any(gather(received))
-        if stopped or config.save_steps and state.step % config.save_steps == 0:
+        stopped = any(gather(signals))
+        if config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
     bar.close()
+    # asked again: it may have come during an evaluation
+    stopped = any(gather(signals))
+    if stopped and state.step > 0:
+        save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    # asked again: it may have come during the last evaluation
-    if any(gather(received)):
+    if stopped:
         more = f", add to it\n--run_name {shlex.quote(config.run_name)} --checkpoint_path latest"
         say(f"stopped after step {state.step}; to continue, give the same command again"
             + more * (config.model_name_or_path != "embedded"))
@@ -706,19 +726,25 @@ def train(config, directory, model, tokenizer, examples, device, path, state):
 
 def start_wandb(config, directory):
     """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to
-    nowhere."""
+    nowhere. A run that goes on does so there too: its id is kept."""
     made = config.model_name_or_path == "embedded"
     if rank() > 0 or made or not os.environ.get("WANDB_PROJECT"):
         return lambda row: None
     import wandb
-    run = wandb.init(name=config.run_name, dir=directory, config=vars(config))
+    kept = Path(f"{directory}/wandb_id")
+    known = kept.read_text() if kept.exists() else None
+    run = wandb.init(id=known, resume="allow", name=config.run_name, dir=directory, config=vars(config))
+    kept.write_text(run.id)
     return lambda row: run.log(row, step=row["step"])
 
 
 def lock(directory, chosen, wait):
     """Make the run directory; returns a file that locks it while it is open. Refused: a directory that
     holds a run, unless it goes on from its own checkpoint; one that another job writes to."""
-    free = chosen == "latest" or not exists(f"{directory}/config.yaml")
+    files = [exists(f"{directory}/{name}") and getsize(f"{directory}/{name}") for name in ("config.yaml", *LOGS)]
+    require(files[0] or not any(files), f"{directory}: its metrics.jsonl or samples.jsonl is of no run; give another "
+            "run_name")
+    free = chosen == "latest" or not files[0]
     require(free or chosen and samefile(f"{chosen}/../..", directory),
             f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
             "--checkpoint_path latest")
@@ -734,28 +760,27 @@ def lock(directory, chosen, wait):
     return file
 
 
-def run(config, device):
+def run(config, device, splits):
     """Train as `config` says, then show the base beside the best model."""
-    require(not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb"),
-            "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
     # the embedded base starts from random weights
     torch.manual_seed(config.seed)
     base, chosen = config.model_name_or_path, config.checkpoint_path
-    model, tokenizer = load_model(base, "auto", device, config.attn_implementation,
-                                  config.trust_remote_code)
-    # one grader for every split, chosen by all rows
-    examples, config.grader = load_examples(config, model, tokenizer)
     unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S-{os.getpid()}")
     config.run_name = on_rank_0(lambda: config.run_name or unique)
     directory = f"{config.output_dir}/{config.run_name}"
     path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
+    # a run that goes on another day keeps its prompts
+    config.date = state.date = config.date or state.date
+    model, tokenizer = load_model(base, "auto", device, config.attn_implementation,
+                                  config.trust_remote_code, config.date)
+    examples = tokenise_splits(config, splits, model, tokenizer)
     # nothing was written so far; the lock holds until this function ends
     held = []
     on_rank_0(lambda: held.append(lock(directory, chosen, base == "embedded")))
     ends = f"{directory}/final", f"{directory}/evaluation-best.json"
     trained, closed = on_rank_0(lambda: [chosen == "latest" and exists(end) for end in ends])
     if not trained:
-        train(config, directory, model, tokenizer, examples, device, path, state)
+        train(config, directory, model, tokenizer, *examples, device, path, state)
     elif closed:
         say(f"{directory}: finished already; --checkpoint_path goes on from one of its checkpoints")
     if trained and closed or base == "embedded":
@@ -773,6 +798,9 @@ def main(argv: list[str]) -> None:
     require(ranks % size == 0, f"shard_size: {size} does not divide the {ranks} ranks")
     if config.dry_run:
         return dry_run(config)
+    require(not os.environ.get("WANDB_PROJECT") or importlib.util.find_spec("wandb"),
+            "WANDB_PROJECT is set, but wandb is missing: pip install wandb, or unset it")
+    splits, config.grader = load_splits(config)
     path = config.model_name_or_path = os.path.normpath(config.model_name_or_path)
     if path.endswith(EMBEDDED_NAME) and not on_rank_0(lambda: exists(path)):
         say(f"making the base model {path} (once)")
@@ -780,8 +808,9 @@ def main(argv: list[str]) -> None:
         folder, base.run_name = os.path.split(dirname(path))
         base.output_dir = folder or "."
         base.per_device_train_batch_size = max(1, base.per_device_train_batch_size // world_size())
-        run(base, device)
-    run(config, device)
+        base_splits, base.grader = load_splits(base)
+        run(base, device, base_splits)
+    run(config, device, splits)
 
 
 # ---------------------------------------------------------------------------

@@ -262,6 +262,63 @@ def test_smollm2_prompt_keeps_its_end_of_turn_tokens(smollm2, gsm8k):
     assert tokenizer.decode(example.prompt).endswith("step by step.<|im_end|>\n<|im_start|>assistant\n")
 
 
+# special tokens in front and behind, as the tokenizer itself puts them
+FRONTS = {"chatglm": "[gMASK] <sop> $A", "xglm": "</s> $A", "nllb": "eng $A </s>", "t5": "$A </s>", "gpt2": "$A"}
+
+
+@pytest.mark.parametrize("kind", FRONTS)
+def test_what_the_tokenizer_puts_in_front_of_a_plain_string(kind):
+    """A prompt is tokenizer(text) less a trailing EOS; a string that has it already gets no second one."""
+    tokenizer = make_tokenizer("none")
+    special = [word for word in FRONTS[kind].split() if word != "$A"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=FRONTS[kind], special_tokens=[(word, tokenizer.convert_tokens_to_ids(word)) for word in special])
+    for text in ("a", "What is two and two?", " a", "Let's"):
+        [example] = make_examples(tokenizer, [{"queries": text, "responses": "A"}])
+        whole = tokenizer(text)["input_ids"]
+        assert example.prompt == (whole[:-1] if whole[-1] == tokenizer.eos_token_id else whole)
+        given = tokenizer.decode(example.prompt)
+        [again] = make_examples(tokenizer, [{"queries": given, "responses": "A"}])
+        assert again.prompt == example.prompt
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_tokenizer_whose_normaliser_drops_newlines_keeps_the_first_word(scheme):
+    """XGLM's kind: "\n" is a space, and a text's first word gets one."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    text = ["The answer is 18. First two and two."] * 3
+    tokenizer.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
+        special_tokens=["<unk>", "</s>"], initial_alphabet=[*map(chr, range(33, 127)), "▁"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    decode = decoder(tokenizer)
+    for rationale in ("First two and two.", "two", " First", "18"):
+        [example] = make_examples(tokenizer, [{"queries": "a", "responses": "The answer is 18.", "rationales": rationale}])
+        assert decode(example.prompt + example.rationale).split() == f"a{rationale}".split()
+        for spaced, ids in enumerate(example.answers):
+            assert decode(example.prompt + ids[:-1]) == ["a The answer is 18.", "aThe answer is 18."][spaced]
+
+
+def test_an_answer_that_has_begun_goes_on():
+    tokenizer = make_tokenizer("qwen")
+    for begun in ("Let's think:", "<think>\n"):
+        turns = [*QUERY, {"role": "assistant", "content": begun}]
+        text = data.prompt_text(tokenizer, turns)
+        assert text == data.prompt_text(tokenizer, QUERY) + begun.rstrip() or text.endswith(f"assistant\n{begun}")
+    many = [*QUERY, {"role": "assistant", "content": "Four."}, *QUERY]
+    assert data.prompt_text(tokenizer, many).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("system", ["Write your ANSWER last.", "ANSWER", "<answer>ANSWER?</answer>"])
+def test_the_end_of_turn_of_a_template_that_speaks_of_answers(system):
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = "<|begin_of_text|>" + system + "<|end_of_text|>" + LLAMA3
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
 def test_prompts_beyond_the_context_are_named():
     with pytest.raises(UserError, match="context"):
         make_examples(make_tokenizer("qwen"), [{"queries": "x" * 300, "responses": "A", "groundtruth": "A"}],

@@ -57,6 +57,10 @@ def place(tmp_path_factory):
     write("broken.jsonl", GOOD, GOOD, '{"queries": ')
     write("list.jsonl", GOOD, "[1]")
     write("no_column.jsonl", GOOD, {k: v for k, v in GOOD.items() if k != "responses"})
+    write("deep.jsonl", GOOD, "[" * 100_000)
+    write("unanswered.jsonl", *[{"question": f"{i}+1?", "answer": "#### 2" if i else "#### "} for i in range(20)])
+    (place / "runs/foreign").mkdir(parents=True)
+    write("runs/foreign/metrics.jsonl", "somebody else's")
     write("empty_answer.jsonl", GOOD, GOOD | {"responses": ""})
     write("empty_query.jsonl", GOOD, GOOD | {"queries": []})
     write("number_answer.jsonl", GOOD, GOOD | {"responses": 5})
@@ -94,7 +98,7 @@ def place(tmp_path_factory):
     write("unknown.yaml", "learnin_rate: 1")
     write("typed.yaml", "rloo_k: many")
     (place / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    (place / "runs/held").mkdir(parents=True)
+    (place / "runs/held").mkdir()
     write("runs/held/config.yaml", "dataset_name: cups")
     (place / "runs/trained").mkdir()
     write("runs/trained/config.yaml", "dataset_name: cups\nmodel_name_or_path: m")
@@ -120,7 +124,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     ("--max_steps 0", "max_steps"), ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
     ("--penalty_reward_value 0.5", "penalty_reward_value"), ("--num_train_epochs 0", "num_train_epochs"),
     ("--response_length 0", "response_length"), ("--num_samples -1", "num_samples"),
-    ("--num_evaluations 0", "num_evaluations"),
+    ("--num_evaluations -1", "num_evaluations"), ("--date tomorrow", "date: tomorrow is not YYYY-MM-DD"),
     ("--max_grad_norm -1", "max_grad_norm"), ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
     ("--config missing.yaml", "missing.yaml"), ("--config list.yaml", "list.yaml"),
     ("--config broken.yaml", "broken.yaml"),
@@ -131,7 +135,10 @@ TRAINING = [  # arguments of latro.py → what the line must say
     ("--dataset_name gsm9k", "gsm9k: unknown; choose one of"), ("--dataset_name jsonl", "needs dataset_path"),
     (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
     (JSONL + "one.jsonl", "1 training questions"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"),
-    (JSONL + "list.jsonl", "line 2"),
+    (JSONL + "list.jsonl", "line 2"), (JSONL + "deep.jsonl", "deep.jsonl, line 2"),
+    ("--dataset_name gsm8k --dataset_path unanswered.jsonl", "unanswered.jsonl, row 1: column groundtruth is empty"),
+    ("--run_name foreign", "runs/foreign: its metrics.jsonl or samples.jsonl is of no run"),
+    ("--run_name foreign --checkpoint_path latest", "runs/foreign: its metrics.jsonl"),
     (JSONL + "no_column.jsonl", "row 2: no column responses"),
     (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
     (JSONL + "empty_query.jsonl", "row 2: column queries is empty"),
@@ -261,13 +268,18 @@ def test_wandb(place, monkeypatch):
         latro.main(arguments)
     assert not os.path.exists("runs/w")
     rows = []
-    run = types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step}))
-    wandb = types.SimpleNamespace(init=lambda **options: run)
+    ids = []
+    run = types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step}), id="an-id")
+    wandb = types.SimpleNamespace(init=lambda **options: ids.append((options["id"], options["resume"])) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name == "wandb" else find(name, *rest))
     latro.main(arguments)
     assert [row["at"] for row in rows] == [0, 1, 1, 2, 2]
     assert "validation/accuracy" in rows[0] and "reward" in rows[1] and not any("split" in row for row in rows)
+    shutil.rmtree("runs/w/final")
+    # goes on in the same run there
+    latro.main([*arguments, "--checkpoint_path", "latest"])
+    assert ids == [(None, "allow"), ("an-id", "allow")]
     shutil.rmtree("runs/w")
 
 
@@ -292,8 +304,8 @@ def test_one_grader_for_all_and_results_before_they_are_printed(place, monkeypat
     seen, arguments = [], (JSONL + "mixed.jsonl --response_length 8 --limit 1").split()
     monkeypatch.setattr(evaluate, "load_model", lambda *a: 1 / 0)
     check_rows = evaluate.check_rows
-    monkeypatch.setattr(evaluate, "check_rows", lambda rows, grader: seen.append((len(rows), grader))
-                        or check_rows(rows, grader))
+    monkeypatch.setattr(evaluate, "check_rows", lambda rows, grader, why: seen.append((len(rows), grader))
+                        or check_rows(rows, grader, why))
     with pytest.raises(ZeroDivisionError):
         latro.main([*arguments, "--model_name_or_path", "model", "--max_steps", "1", "--run_name", "mixed"])
     assert seen == [(1, "text")]  # its closing table: the validation rows

@@ -35,18 +35,20 @@ def test_majority_and_interval():
     assert not vote(None, None) and not vote()
     assert interval95(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)  # Wilson (1927), without correction
     assert interval95(0.9, 100) == pytest.approx([0.82563, 0.94477], abs=1e-5)
+    for n in range(1, 200):  # all right, or all wrong: rounding does not exclude it
+        assert interval95(1.0, n)[1] == 1.0 and interval95(0.0, n)[0] == 0.0
 
 
 def test_gold_responses_that_their_grader_calls_wrong(capsys):
     row = {"responses": "The answer is 5.", "groundtruth": "5"}
-    wrong = [row | {"groundtruth": "6"}, row | {"responses": "The answer is five."}]
+    wrong = [row | {"groundtruth": "6"}, row | {"responses": "The answer is fivefold."}]
     options = row | {"options": ["4", "5"], "responses": "The answer is (A)."}
     for rows_, grader, said in (
-            ([row, row], "number", ""), ([row | {"responses": r"The answer is $\frac{10}{2}$."}], "math", ""),
+            ([row, row, row | {"responses": "The answer is five."}], "number", ""), ([row | {"responses": r"The answer is $\frac{10}{2}$."}], "math", ""),
             ([row, *wrong, row], "number", "grader number calls 2 of 4 gold responses wrong; the first is "
                                            "'The answer is 5.', groundtruth '6'"),
             ([options | {"responses": "The answer is (B)."}, options], "option", "calls 1 of 2 .* is (A)")):
-        evaluate.check_rows(rows_, grader)
+        evaluate.check_rows(rows_, grader, None)
         printed = capsys.readouterr().out
         assert not printed if not said else all(part in printed for part in said.split(" .* "))
 
@@ -94,7 +96,8 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *a: judged.append(a) or real(short, *a[1:]))
     keys = {"dataset_path": "p", "grader": "text", "limit": 3, "num_samples": 2, "response_length": 21,
             "temperature": 0.5, "stop_token": "pad", "stop_seqs": [" cup", "x"], "per_device_eval_batch_size": 5,
-            "dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True, "seed": 7}
+            "dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True, "seed": 7,
+            "date": "2024-02-29"}
     os.makedirs("runs/r/best")
     open("runs/r/metrics.jsonl", "w").close()
     with open("runs/r/config.yaml", "w") as file:
@@ -105,7 +108,7 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
         evaluate.main(argv)
         assert asked.pop() == ("jsonl", split, "p", 0)
         _, dtype, _, *rest = loaded.pop()
-        assert (dtype, *rest) == ("bfloat16", "eager", True)
+        assert (dtype, *rest) == ("bfloat16", "eager", True, "2024-02-29")
         s, _, _, examples, *rest = judged.pop()
         assert len(examples) == 3 and rest == ["text", 2, "best"]
         assert {k: v for k, v in vars(s).items() if k in keys} == keys
@@ -236,7 +239,7 @@ def test_the_best_model_is_that_of_validation(apart, monkeypatch):
                 "--stop_seqs", "Hmm", "--per_device_eval_batch_size", "3", "--seed", "5"])
     assert exported == [0, 1, "best", 2, 3, "best", 4, "final"]
     expected = [row["queries"] for row in data.load_rows("cups", "validation")[:4]]
-    for settings, _, _, examples, grader, num_samples, _ in judged:
+    for settings, _, _, examples, grader, num_samples, *_ in judged:
         assert [e.row["queries"] for e in examples] == expected and grader == "number" and num_samples == 0
         assert (settings.response_length, settings.stop_token, settings.stop_seqs) == (8, "pad", ["Hmm"])
         assert settings.seed == 5 and settings.per_device_eval_batch_size == 3
@@ -251,15 +254,16 @@ def test_a_models_own_code_runs_by_its_key_only(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             latro.main(["--model_name_or_path", "m", "--dataset_name", "cups", "--attn_implementation", "eager",
                         *(["--trust_remote_code", "true"] if key else [])])
-        assert seen[0][0] == "m" and seen[0][3:] == ("eager", key)
+        assert seen[0][0] == "m" and seen[0][3:5] == ("eager", key)
 
 
 def test_limit_and_sanity_check():
     model, tokenizer = data.embedded_model()
     for keys, sizes in (({"limit": 7}, [3600, 7, 7]), ({"sanity_check": True}, [16, 4, 4])):
-        examples, _ = latro.load_examples(latro.Config(dataset_name="cups", response_length=24, **keys), model,
-                                          tokenizer)
-        assert [len(examples[name]) for name in ("train", "validation", "closing")] == sizes
+        config = latro.Config(dataset_name="cups", response_length=24, **keys)
+        splits, grader = latro.load_splits(config)
+        assert [*map(len, splits)] == sizes and grader == "number"
+        assert [*map(len, latro.tokenise_splits(config, splits, model, tokenizer))] == sizes[:2]
 
 
 def test_nine_in_a_row_are_forgiven(apart, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
     assert found == (f"{tmp_path}/checkpoints/step-3", state)
     config = latro.Config(checkpoint_path="latest", run_name=tmp_path.name, dtype="float32")
     with pytest.raises(data.UserError, match="checkpoint_path .*/step-3: does not fit the model"):
-        latro.train(config, str(tmp_path), start(64), None, {"train": [], "validation": []}, device, *found)
+        latro.train(config, str(tmp_path), start(64), None, [], [], device, *found)
     assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 

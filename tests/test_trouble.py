@@ -90,11 +90,12 @@ def test_no_secret_reaches_the_run_or_the_screen(base, monkeypatch):
 
 
 def test_nothing_unpickles_or_trusts():
-    """Weights are safetensors, YAML is read safely, and a model's own code runs by an explicit key only."""
+    """Weights are safetensors, YAML makes nothing but text, and a model's own code runs by an explicit key only."""
     sources = {name: open(os.path.join(os.path.dirname(latro.__file__), name)).read()
                for name in ("data.py", "evaluate.py", "latro.py")}
     for text in sources.values():
-        assert not any(word in text for word in ("torch.load", "yaml.load", "trust_remote_code=True", "pickle"))
+        assert not any(word in text for word in ("torch.load", "trust_remote_code=True", "pickle"))
+        assert text.count("yaml.load") == text.count("yaml.BaseLoader")
     assert "use_safetensors=True" in sources["evaluate.py"]
     assert latro.Config().trust_remote_code is False
 
