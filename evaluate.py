@@ -167,9 +167,7 @@ def step(model, cache: Slots, state: torch.Tensor, temperature: float):
     precise = torch.promote_types(logits.dtype, torch.float32)
     logprobs = logits.to(precise) / (temperature or 1.0)
     logprobs = logprobs.log_softmax(-1)  # (n, V)
-    tokens = logprobs.argmax(-1)
-    if temperature:
-        tokens = draw(logprobs, state[:, 2])
+    tokens = draw(logprobs, state[:, 2]) if temperature else logprobs.argmax(-1)
     picked = logprobs.gather(1, tokens[:, None])[:, 0]
     return torch.stack([tokens.double(), picked.double()], 1)
 

@@ -172,6 +172,8 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         rollouts = sample_rollouts(sampler, tokenizer, examples, config, keys)
     else:
         rollouts = gold_rollouts(tokenizer, examples)
+    # one process passes through the sampler's weights, in its dtype
+    learner = policy if isinstance(policy, FSDPModule) else Scorer(sampler)
     n, size = len(rollouts), config.per_device_train_batch_size
     passes = [slice(i, i + size) for i in range(0, n, size)]
     lengths = torch.tensor([len(r.answer) for r in rollouts], device=device)
@@ -189,7 +191,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
                 ref_logprobs[part] = scores[:, 0]
         if not whole:
             for part in passes:
-                logprobs[part] = score(policy, rollouts[part], temperature)
+                logprobs[part] = score(learner, rollouts[part], temperature)
             rewards, advantages = weigh(rollouts, logprobs, ref_logprobs,
                                         config)
     clock.append(time.perf_counter())
@@ -197,7 +199,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     # loss: gradients of its parts add up; FSDP averages over the ranks
     losses = torch.zeros(2, **wide)
     for part in passes:
-        scores = score(policy, rollouts[part], temperature)  # (size, 2)
+        scores = score(learner, rollouts[part], temperature)  # (size, 2)
         logprobs[part] = scores.detach()
         if whole:
             rewards[part], advantages[part] = weigh(
@@ -210,6 +212,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         if isinstance(policy, FSDPModule):
             policy.set_requires_all_reduce(part.stop >= n)
         loss.backward()
+        collect_gradients(learner, policy)
         losses += torch.stack(terms).detach()
 
     # step: skipped on all ranks where one has a figure that is not finite
@@ -228,7 +231,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         ref_logprobs *= math.nan
     figures = describe_rollouts(rollouts, logprobs, ref_logprobs)
     figures |= {"reward": rewards, "advantage": advantages}
-    scorers = [policy, reference] if reference else [policy]
+    scorers = [learner, reference] if reference else [learner]
     row = reduce_metrics(figures, numbers, clock, rollouts, scorers, device)
     return rollouts, figures, row
 
@@ -291,9 +294,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def shard(model: nn.Module, held: torch.dtype, compute: torch.dtype, mesh) -> Scorer:
     """FSDP2: a group per decoder layer, the rest with the root; weights held in `held`, cast as
     they are cut up, so that no rank ever has all of them in it; arithmetic in `compute`, sums of
-    gradients in float32 at least. One process in one dtype shards nothing."""
+    gradients in float32 at least. Without a mesh nothing is sharded."""
     scorer = Scorer(model)
-    if world_size() == 1 and held == compute:
+    if mesh is None:
         return cast(scorer, held)
     sums = torch.promote_types(compute, torch.float32)
     policy = MixedPrecisionPolicy(compute, sums, cast_forward_inputs=False)
@@ -305,11 +308,13 @@ def shard(model: nn.Module, held: torch.dtype, compute: torch.dtype, mesh) -> Sc
 def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn.Module]:
     """(policy, reference, sampler) of a starting model, whole and in its own dtype: what learns, in
     float32; the frozen start, where the objective asks for it; the plain weights, `model` itself,
-    that are sampled from. One process in one dtype learns the sampler's own weights."""
+    that are sampled from. One process in one dtype learns the sampler's own weights; in two, what
+    passes through the sampler's weights is collected in the policy's."""
     ranks, size = world_size(), config.shard_size or world_size()
     # all ranks in one row, or copies of the shards over rows of shard_size ranks (HSDP)
     shape = (ranks,) if size == ranks else (ranks // size, size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
+    names = ("copy", "shard")[-len(shape):]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names) if ranks > 1 else None
     compute = resolve_dtype(config.dtype, device)
     held = torch.promote_types(compute, torch.float32)
     shared = ranks == 1 and held == compute
@@ -319,12 +324,22 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
         frozen = copy.deepcopy(sampler).requires_grad_(False)
         reference = shard(frozen, compute, compute, mesh)
     # not transformers' own switch, which works in training mode only, with dropout
-    for layer in decoder_layers(learner) if config.gradient_checkpointing else []:
+    passed = learner if ranks > 1 else sampler
+    for layer in decoder_layers(passed) if config.gradient_checkpointing else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
                                           preserve_rng_state=False)
     policy = shard(learner, held, compute, mesh)
     refresh(sampler, policy)
     return policy, reference, sampler
+
+
+def collect_gradients(learner: Scorer, policy: Scorer) -> None:
+    """Add up a pass's gradients in the policy's dtype, where the learner's weights are not its own."""
+    for passed, master in zip(learner.parameters(), policy.parameters(), strict=True):
+        if passed is not master and passed.grad is not None:
+            gradient = passed.grad.to(master.dtype)
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            passed.grad = None
 
 
 @torch.no_grad()
@@ -834,9 +849,12 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
     tokens = config.per_device_train_batch_size * (length + context / config.rloo_k)
     kept = 24 + len(layers) if config.gradient_checkpointing else 24 * len(layers)
     kept *= tokens * width * model.get_input_embeddings().weight.shape[1]
-    # gathered at a time, of both models and of gradients: two layers, and what lies outside of layers
+    # gathered at a time, of both models and of gradients: two layers, and what lies outside of layers;
+    # one rank has the gradients of a pass in its dtype
     inside = sum(p.numel() for p in layers.parameters())
     gathered = (2 * width + 4) * (whole - inside + 2 * inside / len(layers))
+    if ranks == 1:
+        gathered = width * whole if width < 4 else 0
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part * (config.kl_coef > 0),

@@ -31,6 +31,8 @@ if "--item" in sys.argv:  # an item's own process: the command needs nothing of 
     import torch
     import torch.distributed as dist
     import transformers
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule
     from torch.nn.functional import scaled_dot_product_attention
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -214,8 +216,10 @@ def start_training(model, device, **settings):
     return config, policy, reference, sampler, torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
 
 
-def train_pass(policy, rollouts) -> None:
-    score(policy, rollouts, 0.9).sum().backward()
+def train_pass(policy, sampler, rollouts) -> None:
+    learner = policy if isinstance(policy, FSDPModule) else Scorer(sampler)
+    score(learner, rollouts, 0.9).sum().backward()
+    latro.collect_gradients(learner, policy)
 
 
 def reference_pass(reference, rollouts) -> None:
@@ -402,14 +406,14 @@ def passes(bench):
         c = model.config
         attention = 4 * pairs * c.num_attention_heads * c.head_dim * c.num_hidden_layers
         flops = 3 * (2 * tokens * layers + 2 * scored * head + attention)
-        seconds = bench.seconds(lambda: train_pass(policy, rollouts), 5, 2)
+        seconds = bench.seconds(lambda: train_pass(policy, sampler, rollouts), 5, 2)
         share = flops / seconds / rate
         note(**{f"{size} rollouts": {"tokens": tokens, "ms": round(1e3 * seconds, 2), "share": round(share, 3),
                                      "peak GiB": round(bench.memory(peak=True), 2)}})
         if size == most and not bench.small:
             check("share of the matmul rate", share, least=.45)
-            note(**{"host reads a pass": reads_of_the_host(lambda: train_pass(policy, rollouts)),
-                    "kernels, ms a pass": bench.kernels(lambda: train_pass(policy, rollouts))})
+            note(**{"host reads a pass": reads_of_the_host(lambda: train_pass(policy, sampler, rollouts)),
+                    "kernels, ms a pass": bench.kernels(lambda: train_pass(policy, sampler, rollouts))})
     optimizer.zero_grad()
     prompts = [random.Random(i).choices(range(30), k=x) for i in range(config.prompts)]
     for which in ("first", "second"):
@@ -448,7 +452,7 @@ def rank_of_eight(bench):
             "generate: peak GiB": bench.memory(peak=True)})
     for size, count in ((2, 24), (k, 3)):
         rollouts = make_rollouts(random.Random(0), shape["vocab_size"], [x], size, (z, z), y)
-        seconds = bench.seconds(lambda: train_pass(policy, rollouts), 2, 1)
+        seconds = bench.seconds(lambda: train_pass(policy, sampler, rollouts), 2, 1)
         note(**{f"passes of {size}: s, of {count} together": [round(seconds, 4), round(count * seconds, 3)],
                 f"passes of {size}: peak GiB": bench.memory(peak=True)})
     optimizer.step()
@@ -533,6 +537,9 @@ def fsdp(bench):
     config, policy, reference, sampler, optimizer = start_training(
         model.to(bench.device), bench.device, dtype="bfloat16", rloo_k=4, per_device_train_batch_size=8,
         gradient_accumulation_steps=1, response_length=16)
+    mesh = init_device_mesh(bench.device.type, (1,))
+    policy = latro.shard(policy.model, torch.float32, torch.bfloat16, mesh)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     (score(policy, rollouts, 0.9) * weights.to(bench.device)).sum().backward()
     ours = [p.grad.full_tensor().double().cpu() for p in policy.parameters()]
 

@@ -212,7 +212,7 @@ def test_every_key_of_training_arrives(apart, monkeypatch):
         ended = [options["stop"](seen[0][4].encode(text)) for text in ("3<pad>", "3<eos>", "3 Hmm,", "3 4")]
         assert ended == [True, True, True, False] and options["num_samples"] == 4
         assert made[0][2].dtype == (torch.bfloat16 if seed == "1" else torch.float32)
-        layer = latro.decoder_layers(policy.forward.__self__.model)[0]
+        layer = latro.decoder_layers(seen[0][2])[0]
         assert getattr(layer.forward, "func", None) is latro.checkpoint
         steps = [row for row in rows(f"runs/{seed}/metrics.jsonl") if "reward" in row]
         assert [row["lr"] for row in steps] == pytest.approx([3e-4 * (1 - i / 3) for i in range(3)])
