@@ -1,5 +1,7 @@
 """Grading: what outputs answer, as a person would read them. Each row is a kind of answer that was seen somewhere."""
 import json
+import os
+from collections import Counter
 
 import pytest
 
@@ -152,6 +154,16 @@ def test_options(options, text, expected):
                     "|x|", ".5", "-3", r"\pi r", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "10,000", r"y = 2x + 3")]])
 def test_graders(grader, text, truth, correct):
     assert grade(grader, text, {"groundtruth": truth})[1] is correct
+
+
+def test_outputs_that_were_kept_aside():
+    """700 outputs, and how a person would judge them; written without a look at the graders. Each judges most as they do."""
+    with open(os.path.join(os.path.dirname(__file__), "outputs.jsonl"), encoding="utf-8") as file:
+        outputs = [json.loads(line) for line in file]
+    of, right = Counter(row["grader"] for row in outputs), Counter()
+    for row in outputs:
+        right[row["grader"]] += grade(row["grader"], row["text"], row)[1] == row["correct"]
+    assert sum(of.values()) == 700 and min(right[grader] / of[grader] for grader in of) >= 0.85, right
 
 
 def test_equal_answers_vote_together():
