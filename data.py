@@ -480,8 +480,7 @@ def sentence(line):
 
 
 # --- Answers: numbers -----------------------------------------------------------------------------
-CURRENCY = (r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]"
-            r"|\b(?:[A-Z]{3}|Rs|Rp)\.?")
+CURRENCY = (r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]" r"|\b(?:[A-Z]{3}|Rs|Rp)\.?")
 # what a text's numbers are freed from, in this order
 PLAIN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\[dtc]?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}|\\[dtc]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4 "),

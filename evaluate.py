@@ -91,8 +91,7 @@ class Slots(Cache):
 
     def __init__(self, like: list[torch.Tensor], width: int, slots: int):
         super().__init__(layers=[])
-        self.tensors = [x.new_zeros(width, len(x), slots, x.shape[2])
-                        for x in like]
+        self.tensors = [x.new_zeros(width, len(x), slots, x.shape[2]) for x in like]
         # (n,) the slot that each row writes in this step, and how many slots
         # the row that sees most sees
         self.at, self.seen = None, 0
@@ -123,8 +122,7 @@ def prefill(model, prompts: list[list[int]]) -> list[list[torch.Tensor]]:
     Padded on the right: causality keeps the padding out."""
     ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    model(input_ids=ids.to(model.device), past_key_values=cache,
-          use_cache=True, logits_to_keep=1)
+    model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     pairs = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     return [[x[i] for x in pairs] for i in range(len(prompts))]
 
@@ -195,10 +193,8 @@ def generate(
     Returns per row its ids, with the stop, and their log-probabilities at
     `temperature` (greedy: at 1), natural logs."""
     if uniforms is None:
-        uniforms = torch.rand(len(prompts) * num_samples, max_new_tokens,
-                              dtype=torch.float64)
-    rows = [Row(i, prompts[i // num_samples], noise)
-            for i, noise in enumerate(uniforms.tolist())]
+        uniforms = torch.rand(len(prompts) * num_samples, max_new_tokens, dtype=torch.float64)
+    rows = [Row(i, prompts[i // num_samples], noise) for i, noise in enumerate(uniforms.tolist())]
     if capture is None:
         capture = model.device.type == "cuda"
     width = min(batch_size or len(rows), len(rows))
@@ -329,8 +325,7 @@ def capture_step(model, cache: Slots, state, temperature: float, shape) -> None:
         # run first: a capture that fails would leave the allocator unusable
         step(model, cache, state, temperature)
         torch.cuda.set_sync_debug_mode("default")
-        with torch.cuda.graph(graph, cache.pool,
-                              capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, cache.pool, capture_error_mode="thread_local"):
             drawn = step(model, cache, state, temperature)
         cache.pool = graph.pool()
         cache.graphs[shape] = graph, state, drawn
@@ -364,12 +359,10 @@ def truncate(ids: list[int], stop_ids: Collection[int],
     if not ends:
         return length, min(length + 1, len(ids)), length < len(ids)
     end = text[:min(ends)]
-    m = 1 + bisect_left(range(length), True,
-                        key=lambda i: decode(ids[:i + 1]).startswith(end))
+    m = 1 + bisect_left(range(length), True, key=lambda i: decode(ids[:i + 1]).startswith(end))
     begun = decode(ids[:m])
     # one token may complete several stops: the one that starts first cuts
-    start = min(begun.index(s) + len(s) - len(s.lstrip() or s)
-                for s in stop_seqs if s in begun)
+    start = min(begun.index(s) + len(s) - len(s.lstrip() or s) for s in stop_seqs if s in begun)
     n = m - 1
     while not text[:start].startswith(decode(ids[:n])):
         n -= 1
@@ -418,15 +411,12 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
     those of its parent (a prompt; its own index: none) and, causally, their
     own."""
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value,
-                                      attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Gemma 2's, gpt-oss's and T5's ways to change scores
-    if any(kwargs.get(name) is not None
-           for name in ("softcap", "s_aux", "position_bias")):
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("its attention scores are not those of SDPA")
     if query.is_cuda and query.dtype.itemsize == 2:
-        return varlen_attention(query, key, value, segments, scaling,
-                                sliding_window), None
+        return varlen_attention(query, key, value, segments, scaling, sliding_window), None
     dtype = query.dtype
     if torch.is_grad_enabled():
         # the backward pass in bfloat16 takes 2.5 times as long on a CPU
@@ -442,8 +432,7 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
             v = torch.cat([values[parent], v], 2)
         seen = k.shape[2]
         if parent != i or sliding_window and sliding_window < seen:
-            mask = lower_right(length, seen, sliding_window, query.dtype,
-                               query.device)
+            mask = lower_right(length, seen, sliding_window, query.dtype, query.device)
         parts.append(scaled_dot_product_attention(
             queries[i], k, v, mask, is_causal=mask is None, scale=scaling,
             enable_gqa=True))
@@ -480,8 +469,7 @@ def varlen_attention(query, key, value, segments, scaling, sliding_window):
     inputs = query, key.index_select(0, places), value.index_select(0, places)
     # keys seen before a query, and after it; -1 is all
     window = (sliding_window or 0) - 1, 0
-    return varlen_kernel()(*inputs, *sizes, scaling=scaling,
-                           window=window)[None]
+    return varlen_kernel()(*inputs, *sizes, scaling=scaling, window=window)[None]
 
 
 @functools.cache
@@ -577,8 +565,7 @@ class Scorer(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def forward(self, ids, positions, segments, rows, columns, targets,
-                temperature=None) -> torch.Tensor:
+    def forward(self, ids, positions, segments, rows, columns, targets, temperature=None) -> torch.Tensor:
         """log π of targets, each after ids[row, column], (N,)."""
         extra = {}
         # a 4D mask is taken as it is: none is made
@@ -586,8 +573,7 @@ class Scorer(nn.Module):
             extra = {"segments": tuple(segments), "position_ids": positions,
                      "attention_mask": ids.new_zeros(1, 1, 1, 1)}
         self.positions += ids.numel()
-        hidden = self.model.get_decoder()(
-            input_ids=ids, use_cache=False, **extra).last_hidden_state
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False, **extra).last_hidden_state
         hidden = hidden[rows, columns]  # (N, H)
         return token_logprobs(hidden, self.head, targets, temperature)
 
@@ -605,8 +591,7 @@ def score(scorer: nn.Module, rollouts: list[Rollout],
     rollout, kind, row, column, token = scored.T  # (N,) each
     heat = None
     if temperature != 1:
-        heat = torch.tensor([temperature, 1.0], dtype=torch.float64,
-                            device=device)[kind]
+        heat = torch.tensor([temperature, 1.0], dtype=torch.float64, device=device)[kind]
     logprobs = scorer(ids, positions, segments, row, column, token, heat)
     sums = logprobs.new_zeros(len(rollouts), 2)
     return sums.index_put((rollout, kind), logprobs, accumulate=True)
@@ -615,8 +600,7 @@ def score(scorer: nn.Module, rollouts: list[Rollout],
 # ---------------------------------------------------------------------------
 # evaluate: accuracy, and log-probabilities of the gold answers
 # ---------------------------------------------------------------------------
-def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs,
-                decode) -> Rollout:
+def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs, decode) -> Rollout:
     """Cut sampled ids where the rationale ends; the answer follows it.
 
     One pass over x⊕z⊕y scores the stop too where y begins with it. Of another
@@ -794,8 +778,7 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
         [templated] = encode(tokenizer, [prompt_text(tokenizer, user("?"))])
         used = [tokenizer.vocab_size - 1, *ordinary, *tokenizer("a")["input_ids"], *templated,
                 end_of_turn_id(tokenizer)]
-        require(max(used) < held,
-                f"its tokenizer has {len(tokenizer)} tokens, its embedding {held}")
+        require(max(used) < held, f"its tokenizer has {len(tokenizer)} tokens, its embedding {held}")
         check_model(model.to(device).eval(), packed=own is None)
     except Exception as error:
         # of dozens of types: no network, no access, a broken file

@@ -68,8 +68,7 @@ EMBEDDED_NAME = EMBEDDED.partition("/")[2]
 # ---------------------------------------------------------------------------
 # The objective: plain functions of tensors, made to be copied
 # ---------------------------------------------------------------------------
-def answer_reward(logprob: torch.Tensor, length: torch.Tensor,
-                  kind: str = "logprob") -> torch.Tensor:
+def answer_reward(logprob: torch.Tensor, length: torch.Tensor, kind: str = "logprob") -> torch.Tensor:
     """φ of log π(y|x⊕z), the natural log summed over y's `length` tokens:
     itself (Eq. 3), per token, or the probability (VeriFree, arXiv 2505.21493).
     Differentiable; all shapes (B,)."""
@@ -113,14 +112,12 @@ def latro_loss(rationale_logprobs: torch.Tensor, answer_rewards: torch.Tensor,
 # ---------------------------------------------------------------------------
 # One update
 # ---------------------------------------------------------------------------
-def sample_rollouts(model, tokenizer, examples: list[Example], config,
-                    keys: list[str]) -> list[Rollout]:
+def sample_rollouts(model, tokenizer, examples: list[Example], config, keys: list[str]) -> list[Rollout]:
     """rloo_k rollouts per example, neighbours."""
     k, length = config.rloo_k, config.response_length
     decode = decoder(tokenizer)
     stop_ids = stop_token_ids(tokenizer, model, config.stop_token)
-    noise = uniform_rows([f"{key}/{j}" for key in keys for j in range(k)],
-                         length)
+    noise = uniform_rows([f"{key}/{j}" for key in keys for j in range(k)], length)
     sampled = generate(
         model, [e.prompt for e in examples], length, num_samples=k,
         temperature=config.temperature, uniforms=noise,
@@ -128,8 +125,7 @@ def sample_rollouts(model, tokenizer, examples: list[Example], config,
         batch_size=config.rollout_batch_size)
     rollouts = []
     for row, (ids, logprobs) in enumerate(sampled):
-        rollout = cut_rollout(examples[row // k], ids, stop_ids,
-                              config.stop_seqs, decode)
+        rollout = cut_rollout(examples[row // k], ids, stop_ids, config.stop_seqs, decode)
         rollout.sampler_logprob = sum(logprobs[:len(rollout.actions)])
         rollouts.append(rollout)
     return rollouts
@@ -152,8 +148,7 @@ def weigh(rollouts: list[Rollout], logprobs, ref_logprobs, config):
     finished = torch.tensor([r.finished for r in rollouts], device=y.device)
     gamma = config.penalty_reward_value if config.non_stop_penalty else 1.0
     phi = answer_reward(y, lengths, config.reward)
-    rewards = rollout_rewards(phi, z - ref_logprobs, finished, config.kl_coef,
-                              gamma)
+    rewards = rollout_rewards(phi, z - ref_logprobs, finished, config.kl_coef, gamma)
     advantages = rloo_advantages(rewards.view(-1, config.rloo_k))
     return rewards, advantages.flatten()
 
@@ -192,8 +187,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         if not whole:
             for part in passes:
                 logprobs[part] = score(learner, rollouts[part], temperature)
-            rewards, advantages = weigh(rollouts, logprobs, ref_logprobs,
-                                        config)
+            rewards, advantages = weigh(rollouts, logprobs, ref_logprobs, config)
     clock.append(time.perf_counter())
 
     # loss: gradients of its parts add up; FSDP averages over the ranks
@@ -205,8 +199,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
             rewards[part], advantages[part] = weigh(
                 rollouts[part], logprobs[part], ref_logprobs[part], config)
         phi = answer_reward(scores[:, 1], lengths[part], config.reward)
-        terms = latro_loss(scores[:, 0], phi, advantages[part],
-                           config.sft_penalty, n)
+        terms = latro_loss(scores[:, 0], phi, advantages[part], config.sft_penalty, n)
         loss = sum(terms)
         # of HSDP's copies, after the last pass alone
         if isinstance(policy, FSDPModule):
@@ -248,8 +241,7 @@ def describe_rollouts(rollouts, logprobs, ref_logprobs) -> dict[str, torch.Tenso
             "stop_in_answer": fits, "rationale_length": length}
 
 
-def reduce_metrics(figures, numbers, clock, rollouts, scorers,
-                   device) -> dict[str, float]:
+def reduce_metrics(figures, numbers, clock, rollouts, scorers, device) -> dict[str, float]:
     """A step's row of metrics, means over the ranks: all have as many
     rollouts, so means of means are exact."""
     logged = ("reward", "answer_logprob", "kl", "sampling_gap", "finished",
