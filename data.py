@@ -28,23 +28,6 @@ from pathlib import Path
 # The folder of the embedded default's base model, which latro.py makes.
 EMBEDDED = "runs/cups-base/final"
 
-# The paper's ARC-Challenge prompts, quoted from its Appendix B.
-ARC_COT = """Question: {question}
-Options: {options}
-Let's think step by step first then print your answer like 'The answer is (one of the options)'."""
-
-ARC_DIRECT = """The output MUST strictly follow the structure and format described below:
-1. The answer should be strictly one of the options given in the question
-2. Do not include any text after you choose an option.
-
-**Example:**
-Question: (question here)
-Options: [option1, option2, option3]
-The answer is: (one of the options).
-
-Question: {question}
-Options: {options}"""
-
 
 class UserError(Exception):
     """Bad input: one line that names the culprit and the way out.
@@ -165,14 +148,18 @@ def cups_base(split, path=None):
         yield make_row(q, ball, guess, rationales=track)
 
 
+def prompt_file(name):
+    """A prompt that is quoted from a paper."""
+    return (Path(__file__).parent / f"configs/{name}.txt").read_text("utf-8").strip()
+
+
 def gsm8k(split, path=None, few_shot=0):
     """GSM8K (Cobbe et al. 2021) with the paper's prompt (Appendix B, Figure 5).
 
     few_shot puts the first of the eight worked examples of Wei et al. (2022, Table 20) in front
     of the question instead.
     """
-    shots = (Path(__file__).parent / "configs/gsm8k_8shot.txt").read_text("utf-8")
-    shots = shots.strip().split("\n\n")
+    shots = prompt_file("gsm8k_8shot").split("\n\n")
     for row in raw_rows(path or "openai/gsm8k", split, ["main"], question=str, answer=str):
         # <<48/2=24>> are calculator notes.
         solution = re.sub("<<.*?>>", "", row["answer"])
@@ -184,8 +171,9 @@ def gsm8k(split, path=None, few_shot=0):
         yield make_row(user(prompt), answer, rationales=rationale)
 
 
-def arc_challenge(split, path=None, template=ARC_COT):
+def arc_challenge(split, path=None, template="arc_cot"):
     """ARC-Challenge (Clark et al. 2018), the paper's chain-of-thought prompt (App. B, Figure 6)."""
+    template = prompt_file(template)
     for row in raw_rows(path or "allenai/ai2_arc", split, ["ARC-Challenge"],
                         question=str, choices=dict, answerKey=str):
         options, key = row["choices"]["text"], row["answerKey"]
@@ -234,7 +222,7 @@ DATASETS = {
     "gsm8k": (gsm8k, "number"),
     "arc_challenge": (arc_challenge, "option"),
     # SFT's (Figure 7)
-    "arc_challenge_direct": (partial(arc_challenge, template=ARC_DIRECT), "option"),
+    "arc_challenge_direct": (partial(arc_challenge, template="arc_direct"), "option"),
     "math": (math, "math"),
     "jsonl": (jsonl, None),
 }
@@ -480,7 +468,7 @@ def sentence(line):
 
 
 # --- Answers: numbers -----------------------------------------------------------------------------
-CURRENCY = (r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]" r"|\b(?:[A-Z]{3}|Rs|Rp)\.?")
+CURRENCY = r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]|\b(?:[A-Z]{3}|Rs|Rp)\.?"
 # what a text's numbers are freed from, in this order
 PLAIN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\[dtc]?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}|\\[dtc]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4 "),

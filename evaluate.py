@@ -968,8 +968,7 @@ class Settings(Common):
 
 
 def parse(cls, argv):
-    """The keys of a command line, --key value or --key=value; a list takes all words up to the next
-    key. --help prints the module's docstring and every key of the dataclass cls."""
+    """The words of each key of a command line, --key value or --key=value: all up to the next key. --help prints the module's docstring and every key of the dataclass cls."""
     if "--help" in argv:
         source = "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
         keys = {name: comment for comment, name in re.findall(r"    # (.+)\n    (\w+): ", source)}
@@ -988,52 +987,53 @@ def parse(cls, argv):
             require(name, f"{word}: keys begin with --")
             given[name].append(word)
     for name in given.keys() - {"stop_seqs"}:
-        require(len(given[name]) == 1, f"{name}: takes one value, not {given[name]}")
-        [given[name]] = given[name]
+        require(given[name], f"{name}: takes a value")
     return given
 
 
 def settle(cls, given):
-    """Settings of the dataclass cls: its defaults < the given ones. UserError names an unknown key
-    and the nearest known one, or the key whose value has the wrong type."""
+    """Settings of the dataclass cls: its defaults < the given words of each key. UserError names an
+    unknown key and the nearest known one, or the key whose value has the wrong type."""
     kinds, values = get_type_hints(cls), {}
-    for name, value in given.items():
+    for name, words in given.items():
         if name not in kinds:
             near = difflib.get_close_matches(str(name), kinds, 1, 0.5) or ["--help"]
             raise UserError(f"{name}: unknown key; did you mean {near[0]}?")
         try:
-            values[name] = convert(kinds[name], value)
+            values[name] = convert(kinds[name], words)
         except ValueError:
             kind = inspect.formatannotation(kinds[name])
-            raise UserError(f"{name}: {value!r} is no {kind}") from None
+            raise UserError(f"{name}: {' '.join(map(str, words))!r} is no {kind}") from None
     return cls(**values)
 
 
-def convert(kind, value):
-    """Words of a command line or a YAML file, one or several, as a field's type; ValueError where
-    they are none."""
-    words, inner = value if isinstance(value, list) else [value] if value else [], get_args(kind)
+def convert(kind, words):
+    """Words, of a command line or a YAML file, as a field's type; ValueError where they are none."""
+    inner = get_args(kind)
     if kind == list[str] and all(isinstance(word, str) for word in words):
         return words
-    if type(None) in inner and str(value).lower() in ("none", "null", "~", ""):
-        return None
-    if not value or not isinstance(value, str):
-        raise ValueError
     if type(None) in inner:
-        return inner[0](value)
+        if words in ([], ["none"], ["None"], ["null"], ["~"]):
+            return None
+        kind, inner = inner[0], ()
+    [word] = words
+    if word == "" or not isinstance(word, str):
+        raise ValueError
     if inner:
-        return inner[inner.index(value)]
-    return ["false", "true"].index(value.lower()) == 1 if kind is bool else kind(value)
+        return inner[inner.index(word)]
+    return ["false", "true"].index(word.lower()) == 1 if kind is bool else kind(word)
 
 
 def read_yaml(path):
-    """The keys of a YAML file, values as they are written: "12:30", "yes" and 1.10 stay text.
+    """The keys of a YAML file and their words as they are written: "12:30", "yes" and 1.10 stay text.
     UserError where it holds anything else."""
     try:
-        return dict(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) or {})
+        keys = dict(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) or {})
     except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as lines of `key: value` ({reason})") from None
+    return {key: value if isinstance(value, list) else [value] if value else []
+            for key, value in keys.items()}
 
 
 # ---------------------------------------------------------------------------
@@ -1064,7 +1064,8 @@ def main(argv):
         say(f"settings: those of {run}, but for the command line's")
     models = {Path(path).name: path}
     if path == run:
-        models = {"base": config["model_name_or_path"], "best": f"{run}/best"}
+        [base] = config["model_name_or_path"]
+        models = {"base": base, "best": f"{run}/best"}
     keys = get_type_hints(Common).keys() & config.keys()
     if given.get("dataset_name") not in (None, config.get("dataset_name")):
         # they are of the run's own dataset

@@ -442,8 +442,8 @@ def load_config(argv: list[str]) -> Config:
     Without it tiny.yaml is read, unless a model or dataset is named."""
     given = parse(Config, argv)
     own = {"model_name_or_path", "dataset_name"} & given.keys()
-    path = given.pop("config", None if own else "tiny.yaml")
-    path = path and os.path.expanduser(path)
+    path = " ".join(given.pop("config", [] if own else ["tiny.yaml"]))
+    path = os.path.expanduser(path)
     if path and not exists(path):
         path = f"{HERE}/configs/{path}"
     return settle(Config, (read_yaml(path) if path else {}) | given)
@@ -748,11 +748,10 @@ def start_wandb(config, directory):
 def lock(directory, chosen, wait):
     """Make the run directory; returns a file that locks it while it is open. Refused: a directory that
     holds a run, unless it goes on from its own checkpoint; one that another job writes to."""
-    files = [exists(f"{directory}/{name}") and getsize(f"{directory}/{name}") for name in ("config.yaml", *LOGS)]
-    require(files[0] or not any(files), f"{directory}: its metrics.jsonl or samples.jsonl is of no run; give another "
-            "run_name")
-    free = chosen == "latest" or not files[0]
-    require(free or chosen and samefile(f"{chosen}/../..", directory),
+    held = exists(f"{directory}/config.yaml")
+    logs = [name for name in LOGS if exists(f"{directory}/{name}") and getsize(f"{directory}/{name}")]
+    require(held or not logs, f"{directory}: holds a {logs} of no run; give another run_name")
+    require(not held or chosen == "latest" or chosen and samefile(f"{chosen}/../..", directory),
             f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
             "--checkpoint_path latest")
     os.makedirs(directory, exist_ok=True)

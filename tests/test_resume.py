@@ -228,7 +228,7 @@ def test_told_to_stop_between_checkpoints(apart, monkeypatch):
 
 
 def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
-    evaluate, calls = latro.evaluate, []
+    evaluate, export, calls = latro.evaluate, latro.export, []
 
     def told(*arguments, **options):
         calls.append(1)
@@ -241,6 +241,10 @@ def test_told_to_stop_in_the_last_evaluation(apart, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="143"):
         latro.main(arguments)
     assert "--run_name x --checkpoint_path latest" in capsys.readouterr().out
+    assert latro.checkpoints("runs/x") and not os.path.exists("runs/x/final")
+    monkeypatch.setattr(latro, "export", lambda *a: signal.raise_signal(signal.SIGTERM) or export(*a))
+    with pytest.raises(SystemExit, match="143"):  # once more, where all but the table is done
+        latro.main(arguments)
     assert os.path.exists("runs/x/final") and not os.path.exists("runs/x/evaluation-best.json")
     latro.main(arguments)
     assert os.path.exists("runs/x/evaluation-best.json")

@@ -130,7 +130,8 @@ def test_evaluate_without_arguments_shows_the_newest_run(default_run):
     script("evaluate.py", "--limit", 3, cwd=folder)
     assert json.load(open(f"{run}/evaluation-best-limit=3.json"))["n"] == 3
     assert json.load(open(f"{run}/evaluation-best.json")) == before  # the evaluator of training is this one
-    assert vars(latro.load_config(["--config", f"{run}/config.yaml"])) == evaluate.read_yaml(f"{run}/config.yaml")
+    written = evaluate.settle(latro.Config, evaluate.read_yaml(f"{run}/config.yaml"))
+    assert latro.load_config(["--config", f"{run}/config.yaml"]) == written and written.run_name == os.path.basename(run)
 
 
 def test_sft_on_answers_does_not_unlock_it(default_run):

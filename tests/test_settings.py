@@ -38,7 +38,7 @@ def test_a_text_key_gets_the_text_that_was_written(tmp_path, written, key, value
 
 @pytest.mark.parametrize("written", ["model_name_or_path: {a: b}", "model_name_or_path: [a, b]", "model_name_or_path:",
                                      "seed: 1.5", "seed: yes", "sanity_check: yes", "sanity_check: 1", "stop_seqs: {a: b}",
-                                     "stop_seqs: [[a]]", "dtype: null", "learning_rate: 1,5", "seed: [1]"])
+                                     "stop_seqs: [[a]]", "dtype: null", "learning_rate: 1,5", "seed: [1, 2]"])
 def test_a_value_of_another_type_is_named(tmp_path, written):
     (tmp_path / "c.yaml").write_text(written)
     with pytest.raises(UserError, match=written.partition(":")[0]):
@@ -150,7 +150,7 @@ def test_a_template_that_prints_todays_date_prints_the_runs(apart, monkeypatch):
     latro.main(arguments)
     today = datetime.date.today()
     prompt = f"The ?{today:%d %b %Y}{today:%A} The"
-    assert seen == [prompt] * 3 and read_yaml("runs/x/config.yaml")["date"] == str(today)
+    assert seen == [prompt] * 3 and read_yaml("runs/x/config.yaml")["date"] == [str(today)]
     assert data.prompt_text(AutoTokenizer.from_pretrained("runs/x/best"), data.user("?")) == prompt
     shutil.rmtree("runs/x/final")
     shutil.rmtree("runs/x/checkpoints/step-2")
