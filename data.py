@@ -20,6 +20,7 @@ import re
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
 from os.path import exists, isdir, isfile
@@ -165,6 +166,7 @@ def gsm8k(split, path=None, few_shot=0):
         solution = re.sub("<<.*?>>", "", row["answer"])
         rationale, _, answer = solution.rpartition("####")
         answer = answer.strip().replace(",", "")
+        require(whole_number(answer), f"{path or 'gsm8k'}: no number is behind #### in {row['answer']!r:.60}")
         prompt = row["question"] + " Let's think step by step."
         if few_shot:
             prompt = "\n\n".join([*shots[:few_shot], f"Q: {row['question']}\nA:"])
@@ -297,7 +299,8 @@ def end_of_turn_id(tokenizer):
         # a system prompt may well say "answer"
         turns = [*user("?"), {"role": "assistant", "content": "ANSWER?!"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = tokenizer.encode(text.partition("ANSWER?!")[2], add_special_tokens=False)
+        _, found, after = text.rpartition("ANSWER?!")
+        after = tokenizer.encode(after if found else "", add_special_tokens=False)
         ends = [t for t in after if t in tokenizer.added_tokens_decoder] + ends
     require(ends[0] is not None, "the tokenizer has no EOS token; set eos_token")
     return ends[0]
@@ -332,12 +335,12 @@ def continued(tokenizer, texts):
     return [results[text] for text in texts]
 
 
-def make_examples(tokenizer, rows, context=None, gold=False):
+def make_examples(tokenizer, rows, context=None, gold=False, vocabulary=None):
     """Tokenise rows.
 
     `context` is how many tokens x⊕y may have: the model's context less the rationale's length; or
-    x⊕z⊕y, where z is the gold rationale. UserError where a row has more or an empty prompt, or
-    where the chat template refuses it.
+    x⊕z⊕y, where z is the gold rationale; `vocabulary` how many tokens the model knows. UserError where
+    a row has more, an empty prompt or an unknown token, or where the chat template refuses it.
     """
     try:
         prompts = encode(tokenizer, [prompt_text(tokenizer, row["queries"]) for row in rows])
@@ -356,6 +359,9 @@ def make_examples(tokenizer, rows, context=None, gold=False):
             prompt = front + prompt
         require(prompt, f"queries: {query!r:.80} has no tokens")
         answers = tuple(ids + end for ids in answers)
+        last = max(prompt + rationale + answers[0])
+        unknown = f"{query!r:.40}: the model has no token {last}, {tokenizer.decode(last)!r}"
+        require(last < (vocabulary or last + 1), unknown)
         longest = len(prompt + rationale * gold) + max(map(len, answers))
         what = "its rationale and its answer" if gold else "and its answer"
         wrong = f"{query!r:.40} {what} take {longest} tokens, the context leaves {context}"
@@ -403,18 +409,19 @@ def embedded_model():
 # --- Answers: where they are ----------------------------------------------------------------------
 # "answer is", "Answer:", "####"; but not "answer is right", nor "answer options are"
 STATED = re.compile(
-    r"(?i)####|\b(?:answers?|(?:right|correct|best) (?:choice|option)|final(?= ?:))\b(?!\s+(?:options|choices))"
+    r"(?i)####+|\b(?:answers?|(?:right|correct|best) (?:choice|option)|final(?= ?:))\b(?!\s+(?:options|choices))"
     r"(?:(?!\b(?:is|are)\b)[^.:=\n]){0,40}(?:\b(?:is|are|be)\b|[:=])(?!\W*(?:right|correct|wrong|not)\b)"
     r"|答案(?:是|为|為|[:：])|(?:答え|正解)は|답은|정답[은:]"
-    r"|\b(?:respuesta|réponse|antwort|risposta|resposta|ответ)\b[^.:\n]{0,20}?(?:\b(?:es|est|ist|lautet|é|è)\b|:)")
+    r"|\b(?:respuesta|réponse|antwort|risposta|resposta|ответ)\b[^.:\n]{0,20}?"
+    r"(?:\b(?:es|est|ist|lautet|é|è)\b|:)")
 BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(\w+))")
 BOLD = re.compile(r"\*\*([^*\n]*[^*\n:])\*\*(?!:)")
 # where a model goes on to a question of its own or to a courtesy; "Q:" only behind an answer, for it
 # may be a point of the solution
 NEXT = re.compile(
-    r"(?i)\n\s*\n\W*(?:(?:question|human|user|problem|input|instruction)\b[^\n:]{0,9}:|q\d*: *[a-z]"
+    r"(?i)\n[^\S\n]*\n\W{0,9}(?:(?:question|human|user|problem|input|instruction)\b[^\n:]{0,9}:|q\d*: *[a-z]"
     r"|(?:let me know|i hope|would you like|feel free|do you|if you (?:have|need|want))\b)|<\|\w+\|>")
-NEXT_SHOT = re.compile(r"(?i)\n\W*q\d*:")
+NEXT_SHOT = re.compile(r"(?i)\n\W{0,9}(?:q\d*|question|human|(?:next question|example).{0,9}):")
 
 
 def last_boxed(text):
@@ -432,25 +439,28 @@ def last_boxed(text):
 
 def final_part(text):
     """What an output says after thinking, without what follows its answer."""
-    before, closed, after = text.rpartition("</think>")
-    text = after if closed and after.strip() else before + after.partition("<think>")[0]
-    for mark in NEXT.finditer(text):
-        if text[:mark.start()].strip():
-            text = text[:mark.start()]
-            break
-    for mark in NEXT_SHOT.finditer(text):
-        if claims(text[:mark.start()]):
-            return text[:mark.start()]
-    return text
+    text = re.sub("<(/?)thinking>", r"<\1think>", text)
+    thought, closed, after = text.rpartition("</think>")
+    said = after.partition("<think>")[0]
+    if closed and not said.strip():
+        said = thought.partition("<think>")[0] or thought
+    for marks in (NEXT, NEXT_SHOT):
+        for mark in marks.finditer(said):
+            before, more = said[:mark.start()], said[mark.start():]
+            # a question that is only said again comes before any answer, in words alone
+            again = claims(more) and not re.search(r"\d", before) and " " in before.strip()
+            if claims(before) or marks is NEXT and before.strip() and not again:
+                return before
+    return said
 
 
 def claims(text):
     """The answers that a text states, the last one first: what a \\boxed{} holds and what follows
     "answer is", "Answer:" or "####"; where there is none of these, what is in bold face."""
-    found = [(mark.end(), text[mark.end():]) for mark in STATED.finditer(text)]
+    found = [(mark.end(), text[mark.end():]) for mark in [*STATED.finditer(text)][-9:]]
     box = last_boxed(text)
     if box is not None:
-        found.append((text.rindex(box), box))
+        found.append(([*BOXED.finditer(text)][-1].end(), box))
     found = found or [(bold.start(), bold[1]) for bold in BOLD.finditer(text)]
     return [claim for _, claim in sorted(found, reverse=True)]
 
@@ -458,7 +468,7 @@ def claims(text):
 def statements(text):
     """The lines that a text answers with, the likeliest first: of each claim, then the last one."""
     said = [line for line in text.split("\n") if re.search(r"\w", MARKUP.sub("", line))]
-    stated = [claim.strip(" \n:*#").split("\n")[0] for claim in claims(text)]
+    stated = [claim.strip(" \n:*").lstrip("# ").split("\n")[0] for claim in claims(text)]
     return [line for line in stated if line.strip()] + said[-1:]
 
 
@@ -468,19 +478,23 @@ def sentence(line):
 
 
 # --- Answers: numbers -----------------------------------------------------------------------------
-CURRENCY = r"(?:\b(?:US|HK|[ACR]))?[$€£¥₹₩₽₫₺]|\b(?:[A-Z]{3}|Rs|Rp)\.?"
+CURRENCY = r"(?:\b[A-Z]{1,2})?[$€£¥₹₩₽₫₺]|\b(?:[A-Z]{3}|Rs|Rp)\.?"
 # what a text's numbers are freed from, in this order
 PLAIN = [(re.compile(pattern), new) for pattern, new in (
     (r"\\[dtc]?frac\s*\{(-?[\d.]+)\}\s*\{([\d.]+)\}|\\[dtc]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4 "),
-    (r"\\(?:times|cdot)\b|\bx(?= ?10 ?\^)", "×"),
+    (r"[-−]\s+(?=\d+/\d)|(?<==)\s*[-−]\s+(?=[\d.])", "-"),
+    (r"(?<=\d)\*\*(?=\d)", "^"),
+    (r"\\(?:times|cdot)(?![A-Za-z])|\bx(?= ?10 ?\^)", "×"),
     (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|~)(?=\d)", ","),
     # markup, subscripts
-    (r"\\(?:text|math|mbox|operatorname)\w*|\*\*|__|`|</?\w+>|\b_(?=\d)|(?<=\d)_(?![\w{])", ""),
+    (r"</?\w+>", " "),
+    (r"\\(?:text|math|mbox|operatorname)\w*|\*\*|__|`|\b_(?=\d)|(?<=\d)_(?![\w{])", ""),
     (r"(?<=[A-Za-z])_(?:\{\w+\}|\w+)", ""),
     (r"[\\{}]", ""),
     (r"\.\.+|…", " "),
     # "3 of the 20", "not 12"
-    (r"(?i)\b(?:(?:out )?of (?:(?:the|all|those|her|his|their|original) )*|not )\d[\d,]*", ""),
+    (r"(?i)(?:\bout of (?:(?:the|all|original) )*|(?<=\d )of |\bnot "
+     r"|\bof (?:(?:the|all|those|her|his|their|original) )+)\d[\d,]*", ""),
     (r"(?i)\b(?:minus|negative)\s+(?=\W?\d)|(?<![\w)])–(?=[\d.])", "-"),
     (r"(?i)\bbetween (\S+) and (?=\W?\d)", r"\1-"),
     (rf"(?:{CURRENCY})\s?(?=-?\.?\d)|\$", ""),
@@ -488,21 +502,37 @@ PLAIN = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d),(?=(?:\d\d\d?,)*\d{3}(?!\d))", ""),
     (r"(?<=\d)[ '’_](?=\d{3}(?!\d))(?<!\d{4}.)", ""),
     (r"(?<![\d.])(\d{1,3})\.(\d{3})(?:\.(\d{3})|(?=,\d\d\b))(?!\d)", r"\1\2\3"),
-    (r"(?<![\d,.])(\d+),(?=\d\d?(?![\d,]))", r"\1."),
+    (r"(?<![\d,.([])(\d+),(?=\d\d?(?![\d,]))", r"\1."),
 )]
-SCALES = {"k": 3, "M": 6, "B": 9, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
           "lakh": 5, "crore": 7, "万": 4, "億": 8, "亿": 8}
 # sign, whole part of a mixed number, digits, denominator, exponent, powers of ten, scale
 NUMBER = (r"((?<![A-Za-z\d.)\]])[-−])?(?<![A-Za-z\d_.^])(?:(\d+) +(?:and )?(?=\d+/\d))?"
-          r"(\d+(?:\.\d+)?|\.\d+)(?:/(\d+))?(?:\^(\d+))?"
+          r"(\d+(?:\.\d+)?|\.\d+)(?:/(\d+))?(?:\^(-?\d+))?"
           r"(?:[eE]([-+]?\d+)|\s?[×*]\s?10\s?\^\s?\(?([-−]?\d+)\)?)?"
-          rf"(?:([kMB])\b|\s?({'|'.join([*SCALES][3:-3])})\b|([万億亿]))?")
+          rf"(?:([kKMB])\b|[ -]?((?i:{'|'.join([*SCALES][4:-3])}))\b|([万億亿]))?")
 # an expression, a range, a time: 9 * 2, 18-20, 3:30
 CHAIN = re.compile(rf"{NUMBER}(?:(?:\s*[-−–—+*×÷/:^~]\s*|\s+(?:to|or)\s+){NUMBER})*")
 LEAD = re.compile(r"(?i)[^\w.\-−]*(?:(?:about|approximately|around|roughly|exactly|only|just|equal to|"
                   r"therefore|thus|now|a total of)\b[^\w.\-−]*)*")
-WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-         "fifteen sixteen seventeen eighteen nineteen twenty").split()
+TEENS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+         "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = {w: i for i, w in enumerate(TEENS)} | {w: 20 + 10 * i for i, w in enumerate(TENS)}
+SPELLED = re.compile(rf"(?i)\b(?:(?:{'|'.join(WORDS)}|hundred|thousand|million|minus)\b(?: and |[ -]?))+")
+
+
+def spelled(text):
+    """The last number of a text in words, "one hundred and forty-four", or None."""
+    *_, run = ["", *SPELLED.findall(text.lower())]
+    words = [word for word in re.findall("[a-z]+", run) if word != "and"]
+    total = part = 0
+    for word in words:
+        part = part * 100 if word == "hundred" else part + WORDS.get(word, 0)
+        if word in SCALES:
+            total, part = total + part * 10 ** SCALES[word], 0
+    sign = "-" * (words[:1] == ["minus"])
+    return f"{sign}{total + part}" if {*words} - {"minus", "hundred", "thousand", "million"} else None
 
 
 def plain(text):
@@ -518,36 +548,46 @@ def plain(text):
 
 def value(found):
     """A match of NUMBER in canonical notation: "1234.5", "1/3"; None for a chain of several."""
-    match = found and re.fullmatch(NUMBER, found[0])
+    match = found and len(found[0]) < 300 and re.fullmatch(NUMBER, found[0])
     if not match:
         return None
     sign, whole, digits, below, exponent, *powers = match.groups()
-    power = sum(SCALES.get(p) or int(p.replace("−", "-")) for p in powers if p)
+    power = sum(SCALES.get(p.lower()) or SCALES.get(p) or int(p.replace("−", "-")) for p in powers if p)
     exponent = int(exponent or 1)
-    if abs(power) > 300 or exponent > 99 or len(digits) > 4000 or below and not int(below):
+    # what is too large to write down, and 1/0
+    zero = exponent < 0 and not float(digits) or below and not int(below)
+    if abs(power) > 300 or abs(exponent) * len(digits) > 4000 or zero:
         return None
     number = Fraction(digits) ** exponent / int(below or 1) + int(whole or 0)
     number *= Fraction(10) ** power * (-1 if sign else 1)
     if number.denominator == 1:
         return str(number)
-    decimal = f"{float(number):.15f}".rstrip("0")
+    decimal = f"{Decimal(repr(float(number))):f}"
     return decimal if Fraction(decimal) == number else str(number)
 
 
 def whole_number(text):
     """The value of a text that is nothing but a number, or None."""
-    return value(CHAIN.fullmatch(plain(text).strip()))
+    text = plain(text[:99]).strip()
+    # a long chain would be taken apart in very many ways
+    return value(CHAIN.fullmatch(text)) if len(text) < 40 else None
 
 
 def claimed_number(claim):
     """The match of the number, or chain of numbers, that a claim gives; or None."""
-    claim = plain(claim).strip(" \n:*([")
+    # a sign may stand apart
+    claim = re.sub(r"^[-−]\s+(?=[\d.])", "-", plain(claim[:2000]).strip(" \n:*(["))
     first = re.split(r"(?<=\w)[.!?;](?=\s)|。|\n", claim)[0]
     clause = re.split(r", |\(| (?:because|since|as|so|for|which)\b", first)[0]
-    *equals, right = re.split("[=≈]", clause)
-    found = equals and CHAIN.search(right) or CHAIN.match(clause, LEAD.match(clause).end())
-    if found:
-        return found
+    *_, right = sides = re.split("[=≈]", clause)
+    if sides[1:]:
+        # 9 * 2 = 18, and 18 = 9 * 2
+        found = [CHAIN.search(side) for side in sides[::-1]]
+        found = [match for match in found if value(match)] or [CHAIN.search(right)]
+    else:
+        found = [CHAIN.match(clause, LEAD.match(clause).end())]
+    if found[0]:
+        return found[0]
     # prose: of one sentence the first number, of several the last one
     paragraph = claim.split("\n\n")[0]
     numbers = [*CHAIN.finditer(paragraph)] or [None, *CHAIN.finditer(claim)]
@@ -566,24 +606,28 @@ def extract_number(text):
         if found or not claim.strip():
             return value(found)
     # what is in brackets at the end, a reason or a check explains what is before
-    said = re.split(r"(?i)\n\s*\n\W*(?:verif|check|let me (?:check|verify))", text)[0]
+    said = re.split(r"(?i)\n[^\S\n]*\n\W{0,9}(?:verif|check|let me (?:check|verify))", text)[0]
     numerals = re.sub(r"(?:(?<=[\w%] )\([^()]*\)|(?<=\w), (?:since|because)\b.*)(?=\W*$)", "", plain(said))
     if found := [*CHAIN.finditer(numerals)]:
         return value(found[-1])
-    words = re.findall(rf"(?<![-\w])(?:{'|'.join(WORDS)})(?![-\w]| (?:hundred|thousand))", text.lower())
-    return str(WORDS.index(words[-1])) if words else None
+    return spelled(text)
 
 
 # --- Answers: texts and options -------------------------------------------------------------------
-MARKUP = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+|mbox)\s*|</?\w+>|\*\*|__|```\w*|`|(?<!\\)\$|\\[()\[\]]")
+# $ of LaTeX, but not of $5
+MARKUP = re.compile(
+    r"\\(?:boxed|fbox|text\w*|math\w+|mbox)\s*|</?\w+>|\*\*|__|```\w*|`"
+    r"|(?<!\\)\$(?!\d[\d.,]*(?:\s|$))|\\[()\[\]]")
 # an option's letter or number at the beginning; one that is chosen: "B is correct", "we are left with B"
 LABEL = re.compile(
-    r"[^\w+\-−]*(?:(?i:the|la|option|choice|letter|answer|therefore|thus)\b\W*)*"
-    r"(?:([A-J1-9])(?=\W*$|[).:,;}\]\"'](?!\d)|\s*[-–—]\s|\s+(?:because|since|as|and|which)\b|[^\x00-\x7f])"
+    r"[^\w+\-−$]*(?:(?i:the|la|option|choice|letter|answer|therefore|thus)\b\W*)*"
+    r"(?:([A-J1-9])(?=\W*$|[).:;}\]\"'](?!\d)|,(?!\d| ?\(?[A-J]\b)|\s*[-–—]\s"
+    r"|\s+(?:because|since|as|which|rather|and(?! \(?[A-J1-9]\b))\b"
+    r"|[。，、；：）】\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
     r"|([a-j])(?=\)|[.:]?\W*$|[.:]\s))")
 CHOSEN = re.compile(
     r"(?:\b(?i:option|choice|opción|opção|pick|choose|go with|select|take|say|leaves)\s+\(?|选"
-    r"|(?<!\w)\(?(?=[A-J]\)?\s+is\b)|(?i:\bwith|\bonly|\bis|[:=→])\s*\(?(?=[A-J]\W*$))"
+    r"|(?<!\w)\(?(?=[A-J]\)?\s+is\b)|(?i:\b(?:with|only|is|be|so|hence)|'s|[:=→])\s*\(?(?=[A-J]\W*$))"
     r"([A-J1-9])(?![A-Za-z\d])(?!\)?\s+is\s+(?:not|wrong|incorrect))")
 
 
@@ -594,12 +638,12 @@ def fold(text, level=3):
     text = " ".join(text.split())
     if level > 0:
         text = MARKUP.sub("", text).strip("{} ")
-        text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’‘“”−", "''\"\"-"))
+        text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’‘“”−‐‑–", "''\"\"----"))
     if level > 1:
         text = re.sub(r"(?<=\d)\s+(?=[°%A-Za-z])", "", text).casefold()
     if level > 2:
-        bare = re.sub(r"^[^\w+\-]+|[^\w+\-#]+$", "", re.sub(r"^\W*(?:the|an?) (?=.)", "", text))
-        text = bare or text
+        bare = re.search(r"(?s)[\w+\-](?:.*[\w+\-#])?", re.sub(r"^\W{0,9}(?:the|an?) (?=.)", "", text))
+        text = bare[0] if bare else text
     return text
 
 
@@ -608,10 +652,11 @@ def readings(text):
     line's first sentence, its beginning up to a comma or bracket; and, where nothing is claimed, what
     is before and behind "is"."""
     line = [*statements(text), ""][0]
-    said = [text, line, re.split(r",| \(", line)[0], sentence(line)]
+    end = re.compile(r",| \(| (?:because|since|as|which)\b| [-–—] |: ")
+    said = [text, line, end.split(line)[0], sentence(line)]
     if not claims(text):
         parts = re.split(r"(?:\b(?:is|are|was|were|called|named|by|ist|est|es)\b:?|'s\b)", sentence(line))
-        said += [parts[0], *(re.split(r",| \(", part)[0] for part in parts[1:])]
+        said += [parts[0], *(end.split(part)[0] for part in parts[1:])]
     return [fold(reading) for reading in said]
 
 
@@ -638,19 +683,17 @@ def extract_option(text, options):
     "salt water") does not count; or it stands in exactly one option.
     """
     labels = dict(zip("ABCDEFGHIJ", options)) | dict(zip("123456789", options))
-    # a number that is an option's text is no label
-    labels |= {option: option for option in options if option.isdigit()}
 
     def single(said, like):
         for level in range(4):
-            folds = [fold(o, level) for o in options]
+            folds = [fold(o, level) for o in dict.fromkeys(options)]
             some = [f for f in folds if f and like(f, fold(said, level))]
             longest = max(some, key=len, default="")
             if some and all(f in longest for f in some) and folds.count(longest) == 1:
-                return options[folds.index(longest)]
+                return [*dict.fromkeys(options)][folds.index(longest)]
 
     def within(part, whole):
-        return re.search(rf"(?<![\w+\-]){re.escape(part)}(?!\w)", whole)
+        return re.search(rf"(?<![\w+\-])(?<!\d[.,]){re.escape(part)}(?!\w|[.,]\d)", whole)
 
     # a word at the beginning, before an explanation
     first = [line for line in text.strip().split("\n")[:1] if len(line) < 9 and not claims(text)]
@@ -660,11 +703,13 @@ def extract_option(text, options):
                 return found
         said = fold(line, 1).replace("\\", "")
         if label := LABEL.match(said):
-            return labels.get((label[1] or label[2]).upper())
+            mark = label[1] or label[2].upper()
+            # it may be an option's text, too
+            return mark if mark in options else labels.get(mark)
         if chosen := CHOSEN.findall(said):
             return labels.get(chosen[-1])
-        clause = re.split(r"(?i)\b(?:because|since|as|not)\b|, |\(", said)[0]
-        found = single(clause, within) or single(said, within)
+        clause = re.split(r"(?i)\b(?:because|since|as|not)\b|, |\(", line)[0]
+        found = single(clause, within) or single(line, within)
         if found or len(said) > 3 and (found := single(sentence(line), lambda f, said: within(said, f))):
             return found
     chosen = CHOSEN.findall(fold(text, 1))
@@ -675,7 +720,8 @@ def extract_option(text, options):
 def extract_json(text):
     """The last JSON object or array in a text, in canonical form (sorted keys, 1.0 is 1), or None,
     also where the last one is cut short."""
-    decoder = json.JSONDecoder(parse_float=lambda x: int(float(x)) if float(x) % 1 == 0 else float(x))
+    decoder = json.JSONDecoder(
+        strict=False, parse_float=lambda x: int(float(x)) if float(x) % 1 == 0 else float(x))
     found, end = None, 0
     for match in re.finditer(r"[\[{]", text):
         if match.start() < end:
@@ -683,9 +729,10 @@ def extract_json(text):
         try:
             found, end = decoder.raw_decode(text, match.start())
         except json.JSONDecodeError as error:
-            if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+            if re.fullmatch(r"[\w.+\-\\]*\s*", text[error.pos:]) or error.msg.startswith("Unterminated"):
                 return None
-        except RecursionError:
+        # too deep, or too long a number
+        except (RecursionError, ValueError, OverflowError):
             return None
     return None if found is None else json.dumps(found, sort_keys=True)
 
@@ -704,17 +751,21 @@ def extract_math(text):
     # x = 5 and 5! = 120 answer with what is on the right, 2x + y = 6 is an equation
     left = r"(?:[A-Za-z](?:_\{?\w+\}?)?(?:\(\w\))?|(?:\\[a-z]+|[^A-Za-z=])+)"
     claim = re.sub(rf"^{left}\s*=(?!.*=)|^[^,]*=.*=", "", claim).removesuffix("%").removesuffix("\\")
+    claim = re.sub(r"\^?\{?\\circ\}?|°", "", claim).strip()
     prose = re.compile(r"(?<![\\{])\b[A-Za-z]{3,}\b.*(?<![\\{])\b[A-Za-z]{3,}\b")
     claim = re.split(r"\b(?:is|are)\b", claim)[-1].strip() if prose.search(claim) else claim
-    if prose.search(claim):
+    if prose.search(claim) or re.match(r"[\d.,]+ [A-Za-z]{3,}$", claim):
         return value(claimed_number(claim)) or fold(claim)
-    if number := whole_number(claim):
+    # 1,2 are two numbers
+    if not re.search(r"\d,\s*\d\d?(?!\d)", claim) and (number := whole_number(claim)):
         return number
     claim = re.sub(r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-z])|[,!;: ])|(?<!\w)\s+|\s+(?!\w)", "", claim)
     for name, short in (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("π", "\\pi "), ("\\varnothing", "\\emptyset")):
         claim = claim.replace(name, short)
     claim = re.sub(r"√\(?(\w+)\)?", r"\\sqrt{\1}", claim)
-    return re.sub(r"\\[dt]frac", r"\\frac", claim)
+    claim = re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", claim)
+    claim = re.sub(r"([\^_]|\\sqrt)\{(\w)\}", r"\1\2", claim)
+    return re.sub(r"\\[dt]frac", r"\\frac", claim).strip()
 
 
 def math_equal(prediction, truth):
@@ -776,8 +827,8 @@ def grade(grader, text, row):
     prediction = extract(text)
     if not prediction:
         return None, False
-    gold = extract(truth)
+    gold = truth if grader == "option" else extract(truth)
     correct = prediction == gold
-    if grader == "math":
+    if grader == "math" and len(prediction) < 300:
         correct = correct or math_equal(prediction, truth) or math_equal(prediction, gold)
     return prediction, correct

@@ -28,10 +28,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import accumulate, chain
-from os.path import basename, dirname, exists, isdir, isfile
+from os.path import dirname, exists, isdir, isfile
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal, get_args, get_type_hints
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -768,10 +769,7 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
             missing = sorted(info["missing_keys"])
             require(not missing, f"the weights lack {missing[:3]}")
         if isinstance(tokenizer.chat_template, str):
-            day = datetime.fromisoformat(date or datetime.now().isoformat())
-            tokenizer.chat_template = re.sub(
-                r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(day.strftime(call[2])),
-                tokenizer.chat_template)
+            tokenizer.chat_template = dated(tokenizer.chat_template, date)
         # special tokens may lie outside the embedding, as the image token of Gemma 3's text models
         ordinary = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
         held = model.get_input_embeddings().num_embeddings
@@ -785,6 +783,19 @@ def load_model(path: str, dtype, device="cpu", attn_implementation="auto", trust
         way = "`python latro.py` makes it" if path == EMBEDDED else "give a folder or hub id"
         raise UserError(f"model {path}: cannot be used ({first_line(error)}); {way}") from None
     return model, tokenizer
+
+
+def dated(template, date):
+    """A chat template that prints `date` where it would print today's: a macro that shadows
+    strftime_now, as it is written with the tokenizer."""
+    ours = "{% macro strftime_now(format) %}"
+    if "strftime_now" not in template or template.startswith(ours) and not date:
+        return template
+    day = datetime.fromisoformat(date or datetime.now().isoformat())
+    codes = ("%" + code for code in "a A b B d -d e m -m y Y j H M S I p F D T c x X".split())
+    shown = "".join(f"|replace({code!r}, {day.strftime(code)!r})" for code in codes)
+    template = re.sub(f"^{re.escape(ours)}.*?endmacro %}}", "", template)
+    return f"{ours}{{{{ format{shown} }}}}{{% endmacro %}}{template}"
 
 
 @torch.no_grad()
@@ -948,10 +959,10 @@ class Common:
                 require(0 < value < math.inf, f"{name}: {value} is no number above 0")
         require(self.temperature or not self.num_samples,
                 "temperature: 0 makes all num_samples samples the same")
-        try:
-            datetime.strptime(self.date or "2000-01-01", "%Y-%m-%d")
-        except ValueError:
-            raise UserError(f"date: {self.date} is not YYYY-MM-DD")
+        day, known = self.date or "2000-01-01", False
+        with suppress(ValueError):
+            known = datetime.fromisoformat(day).strftime("%Y-%m-%d") == day
+        require(known, f"date: {day} is not YYYY-MM-DD")
         require("" not in self.stop_seqs, "stop_seqs: an empty string would end every rationale")
 
 
@@ -968,7 +979,8 @@ class Settings(Common):
 
 
 def parse(cls, argv):
-    """The words of each key of a command line, --key value or --key=value: all up to the next key. --help prints the module's docstring and every key of the dataclass cls."""
+    """The words of each key of a command line, --key value or --key=value: all up to the next key.
+    --help prints the module's docstring and every key of the dataclass cls."""
     if "--help" in argv:
         source = "".join(map(inspect.getsource, cls.__mro__[-2::-1]))
         keys = {name: comment for comment, name in re.findall(r"    # (.+)\n    (\w+): ", source)}
@@ -976,11 +988,12 @@ def parse(cls, argv):
         for name, default in vars(cls()).items():
             print(f"  --{name:<29} {keys[name]} [{default}]")
         sys.exit(0)
-    given, name, known = {}, None, get_type_hints(cls)
+    given, name, known = {}, None, [*get_type_hints(cls), "config"]
     for word in argv:
         key, equals, value = word[2:].partition("=")
         # a stop sequence may begin with --
-        if word.startswith("--") and (key in known or name != "stop_seqs"):
+        near = difflib.get_close_matches(key, known, 1, 0.8)
+        if word.startswith("--") and (near or name != "stop_seqs"):
             name = key
             given[name] = [value] if equals else []
         else:
@@ -1029,7 +1042,7 @@ def read_yaml(path):
     UserError where it holds anything else."""
     try:
         keys = dict(yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader) or {})
-    except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as lines of `key: value` ({reason})") from None
     return {key: value if isinstance(value, list) else [value] if value else []
@@ -1040,8 +1053,10 @@ def read_yaml(path):
 # The script
 # ---------------------------------------------------------------------------
 def is_run(folder):
-    """Whether latro.py made a folder: a config.yaml alone may be anybody's."""
-    return exists(f"{folder}/config.yaml") and exists(f"{folder}/metrics.jsonl")
+    """Whether latro.py made a folder: a config.yaml may be anybody's."""
+    config = Path(folder, "config.yaml")
+    ours = exists(f"{folder}/metrics.jsonl") and isfile(config)
+    return ours and b"model_name_or_path" in config.read_bytes()
 
 
 def newest_run():
@@ -1058,6 +1073,7 @@ def main(argv):
     JSON and prints the table."""
     device, given, config = init_distributed(), parse(Settings, argv), {}
     path = settle(Settings, given).model or newest_run()
+    path = os.path.abspath(path) if path in (".", "..") else path
     run = path if is_run(path) else Path(path).parent
     if is_run(run):
         config = read_yaml(f"{run}/config.yaml")
@@ -1077,8 +1093,10 @@ def main(argv):
     asked = {k: vars(s)[k] for k in given if k not in ("model", "out") and vars(s)[k] != vars(default)[k]}
     if split != closing_split(s.dataset_path):
         asked["split"] = split
-    part = [re.sub(r"[^\w=.]+", "_", f"{k}={basename(str(v))}") for k, v in asked.items()]
-    name = "-".join(["evaluation-{}", *part])[:200]
+    whole = "-".join(["evaluation-{}", *(f"{key}={value}" for key, value in asked.items())])
+    name = re.sub(r"[^\w=.{}-]+", "_", whole).encode()[:150].decode(errors="ignore")
+    if name != whole:
+        name += f"-{crc32(whole.encode()):08x}"
     out = s.out or f"{run if config else '.'}/{name}.json"
     require(path != run or not s.out, f"out {out}: is one file; needs --model, and not a run")
     require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in an existing folder")
@@ -1089,7 +1107,8 @@ def main(argv):
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code,
                                       s.date)
-        examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length))
+        examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length),
+                                 vocabulary=model.get_input_embeddings().num_embeddings)
         result = evaluate(s, model, tokenizer, examples, grader, s.num_samples, label)
         results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | result
         # one at a time is held

@@ -56,9 +56,9 @@ from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decod
                   first_line, load_rows, make_examples, read_jsonl, require)
 from evaluate import main as evaluate_main
 from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, context_left, cut_rollout,
-                      evaluate, gather, generate, init_distributed, load_model, on_rank_0, parse, rank,
-                      read_yaml, resolve_dtype, run_script, say, score, settle, stop_token_ids,
-                      stopper, uniform_rows, world_size)
+                      evaluate, gather, generate, init_distributed, is_run, load_model, on_rank_0,
+                      parse, rank, read_yaml, resolve_dtype, run_script, say, score, settle,
+                      stop_token_ids, stopper, uniform_rows, world_size)
 
 HERE = dirname(os.path.abspath(__file__))
 # the embedded base is made in whatever output_dir it is asked for
@@ -329,8 +329,10 @@ def collect_gradients(learner: Scorer, policy: Scorer) -> None:
     """Add up a pass's gradients in the policy's dtype, where the learner's weights are not its own."""
     for passed, master in zip(learner.parameters(), policy.parameters(), strict=True):
         if passed is not master and passed.grad is not None:
-            gradient = passed.grad.to(master.dtype)
-            master.grad = gradient if master.grad is None else master.grad + gradient
+            if master.grad is None:
+                master.grad = passed.grad.to(master.dtype)
+            else:
+                master.grad += passed.grad
             passed.grad = None
 
 
@@ -414,7 +416,8 @@ class Config(Common):
             self.reward, self.sft_penalty = "logprob", 1.0
         k, sequences, name = self.rloo_k, self.sequences, self.run_name
         require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
-        require("/" not in (name or ""), f"run_name {name}: is a path; output_dir says where")
+        file = name not in (".", "..") and "/" not in (name or "")
+        require(file, f"run_name {name}: is a path; output_dir says where")
         require(name or self.checkpoint_path != "latest", "checkpoint_path: latest needs run_name")
         require(k > 1 or self.objective == "sft",
                 "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
@@ -559,8 +562,8 @@ def begin(directory, config, state):
     later = [p for p in checkpoints(directory) if int(p.rpartition("-")[2]) > state.step]
     for path in [*later, f"{directory}/final"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("base", "best"):
-        Path(f"{directory}/evaluation-{name}.json").unlink(missing_ok=True)
+    for path in [*Path(directory).glob("evaluation-best*.json"), Path(f"{directory}/evaluation-base.json")]:
+        path.unlink(missing_ok=True)
     for name, size in state.logs.items():
         with open(f"{directory}/{name}", "ab") as file:
             file.truncate(min(size, file.tell()))
@@ -631,8 +634,10 @@ def tokenise_splits(config, splits, model, tokenizer):
     length = config.response_length
     # SFT pushes gold rationales through the model, and samples in evaluations only
     gold = config.objective == "sft"
-    prompts = make_examples(tokenizer, train, context_left(model, 0 if gold else length), gold)
-    validation, _ = (make_examples(tokenizer, rows, context_left(model, length)) for rows in (validation, closing))
+    known = model.get_input_embeddings().num_embeddings
+    prompts = make_examples(tokenizer, train, context_left(model, 0 if gold else length), gold, known)
+    validation, _ = (make_examples(tokenizer, rows, context_left(model, length), False, known)
+                     for rows in (validation, closing))
     return prompts, validation
 
 
@@ -645,8 +650,8 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
     if path:
         load_checkpoint(path, policy, optimizer)
         refresh(sampler, policy)
+    log, finish = start_wandb(config, directory)
     on_rank_0(lambda: begin(directory, config, state))
-    log = start_wandb(config, directory)
     per_step = config.prompts * world_size()
     total = config.total_steps(count, per_step, state.step, state.consumed)
     # all prompts of the run, from its first step on
@@ -655,8 +660,9 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
     signals, stopped = [], False
 
     def on_signal(number, frame):
-        # torchrun passes a Ctrl-C on at once: one that comes later was pressed again
-        if signals and time.time() - signals[0] > 3:
+        # torchrun passes a Ctrl-C on: the one that comes later was pressed again
+        passed_on = 3 if world_size() > 1 else 0
+        if number == signal.SIGINT and signals and time.time() - signals[0] > passed_on:
             os._exit(128 + number)
         signals.append(time.time())
 
@@ -683,6 +689,9 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
             if state.step > 0 and result["accuracy"] >= state.best:
                 state.best = result["accuracy"]
                 export(f"{directory}/best", sampler, tokenizer)
+            # one that came when a rank had done its share
+            if any(gather(signals)):
+                break
         if ended:
             export(f"{directory}/final", sampler, tokenizer)
             break
@@ -722,6 +731,7 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
     stopped = any(gather(signals))
     if stopped and state.step > 0:
         save_checkpoint(directory, policy, optimizer, state, config.save_total_limit)
+    finish()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
@@ -732,25 +742,30 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
 
 
 def start_wandb(config, directory):
-    """A function that logs a row of metrics: to Weights & Biases where WANDB_PROJECT is set, else to
-    nowhere. A run that goes on does so there too: its id is kept."""
+    """(log(row), finish()) of metrics: to Weights & Biases where WANDB_PROJECT is set, else to nowhere.
+    A run that goes on does so there too: its id is kept."""
     made = config.model_name_or_path == "embedded"
     if rank() > 0 or made or not os.environ.get("WANDB_PROJECT"):
-        return lambda row: None
+        return lambda row: None, lambda: None
     import wandb
     kept = Path(f"{directory}/wandb_id")
     known = kept.read_text() if kept.exists() else None
-    run = wandb.init(id=known, resume="allow", name=config.run_name, dir=directory, config=vars(config))
+    try:
+        run = wandb.init(id=known, resume="allow", name=config.run_name, dir=directory, config=vars(config))
+    except Exception as error:
+        raise UserError(f"WANDB_PROJECT: {first_line(error)}; log in to Weights & Biases, or unset it")
     kept.write_text(run.id)
-    return lambda row: run.log(row, step=row["step"])
+    return lambda row: run.log(row, step=row["step"]), run.finish
 
 
 def lock(directory, chosen, wait):
     """Make the run directory; returns a file that locks it while it is open. Refused: a directory that
     holds a run, unless it goes on from its own checkpoint; one that another job writes to."""
-    held = exists(f"{directory}/config.yaml")
-    logs = [name for name in LOGS if exists(f"{directory}/{name}") and getsize(f"{directory}/{name}")]
-    require(held or not logs, f"{directory}: holds a {logs} of no run; give another run_name")
+    held = is_run(directory)
+    # a run that did not begin left an empty file, and what wandb writes
+    files = [path.name for path in Path(directory).glob("*") if path.is_dir() or getsize(path)]
+    files = [name for name in files if not name.startswith("wandb")]
+    require(held or not files, f"{directory}: holds {sorted(files)[:3]}, but no run; give another run_name")
     require(not held or chosen == "latest" or chosen and samefile(f"{chosen}/../..", directory),
             f"{directory}: holds a run already; give another run_name, delete it, or continue it with "
             "--checkpoint_path latest")
@@ -783,6 +798,9 @@ def run(config, device, splits):
     # nothing was written so far; the lock holds until this function ends
     held = []
     on_rank_0(lambda: held.append(lock(directory, chosen, base == "embedded")))
+    # another job may have gone on while this one loaded
+    path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
+    state.date = config.date
     ends = f"{directory}/final", f"{directory}/evaluation-best.json"
     trained, closed = on_rank_0(lambda: [chosen == "latest" and exists(end) for end in ends])
     if not trained:

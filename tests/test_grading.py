@@ -1,6 +1,7 @@
 """Grading: what outputs answer, as a person would read them. Each row is a kind of answer that was seen somewhere."""
 import json
 import os
+import signal
 from collections import Counter
 
 import pytest
@@ -16,7 +17,7 @@ PLAIN = [
     ("3-4 = -1", "-1"), ("It costs $5.", "5"), ("3, 4 and 5,", "5"), ("1,2,3", "3"), ("So there are eighteen.", "18"),
     ("The answer is 18 eggs.", "18"), ("The answer is: $18.", "18"), ("the ANSWER is 1,000,000", "1000000"),
     ("The answer is 123456789012345678901234567890.", "123456789012345678901234567890"), ("The answer is .5.", "0.5"),
-    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("The answer is --5", "-5"), ("The answer is - 5", "5"),
+    ("The answer is -$5", "-5"), ("The answer is $-5", "-5"), ("The answer is --5", "-5"), ("The answer is - 5", "-5"),
     ("The answer is 5 because 2 + 3", "5"), ("The answer is unknown, so 12", "12"), ("The answer is x. 7", "7")]
 # where the answer is
 PLACE = [
@@ -36,7 +37,11 @@ PLACE = [
     ("She pays **$64** for 16 glasses.", "64"), ("The total is 64.\n\nLet me know if you have 2 more!", "64"),
     ("Total: 9 fruit (6 pears and 3 plums).", "9"), ("So 18 of the 25 students passed.", "18"),
     ("答案是18。", "18"), ("答えは18です。", "18"), ("정답은18입니다.", "18"), ("La respuesta es 18 euros, 3 cada uno.", "18"),
-    ("The answer is not 12.", None)]
+    ("The answer is not 12.", None), ("She has a total of 18.", "18"), ("He made a profit of 18 dollars.", "18"),
+    (r"\boxed{1} is wrong. The answer is 21.", "21"), (r"So \boxed{5}. Wrong: the answer is 15.", "15"),
+    ("The answer is 18 = 9 * 2", "18"), ("x = - 5", "-5"), ("18<think>the answer is 17</think>", "18"),
+    ("<thinking>the answer is 17</thinking>18", "18"), ("Let me restate it.\n\nProblem: Tom has 3.\n\nThe answer is 18.", "18"),
+    ("The answer is 18.\nHuman: 5?\nThe answer is 5", "18"), ("The answer is:", None)]
 # what a number is
 KINDS = [
     ("The answer is 1/2", "0.5"), (r"The answer is \frac{3}{4}", "0.75"), (r"\boxed{\frac12}", "0.5"), ("is 1/3", "1/3"),
@@ -51,6 +56,10 @@ KINDS = [
     (r"\boxed{10\,000}", "10000"), (r"is $\$1,\!250$", "1250"), (r"\boxed{1,000}", "1000"), (r"is -\$5", "-5"),
     ("The answer is minus 5", "-5"), ("negative $5", "-5"), ("-€5", "-5"), ("-₹5", "-5"), ("-$-5", "-5"),
     ("Rs.100", "100"), ("Rs. 100", "100"), ("USD100", "100"), ("100 USD", "100"), ("__18__", "18"), ("**18**", "18"),
+    (r"-\frac{1}{2}", "-0.5"), (r"$1.2\times10^{6}$", "1200000"), ("10**3", "1000"), (r"10^{-3}", "0.001"), ("$70K", "70000"),
+    ("2.5 Million", "2500000"), ("$19.99", "19.99"), ("33.33%", "33.33"), ("twenty-five", "25"), ("minus twelve", "-12"),
+    ("one hundred and forty-four tiles", "144"), ("five million", "5000000"), ("1e" + "9" * 5000, None),
+    ("9" * 5000 + " 1/2", None), ("10^" + "9" * 5000, None), ("(3,4)", "4"), ("NT$100", "100"),
     ("_18_", "18"), ("`18`", "18"), ("<b>18</b>", "18"), ("１８", "18"), ("x1 + y2", None), ("答案：-5", "-5")]
 
 
@@ -111,6 +120,9 @@ MORE_CHOICES = [
     *[(SIGNS, f"The answer is {sign}.", sign) for sign in SIGNS], (SIGNED, "The answer is −2.", "-2"),
     *[(GASES, f"The answer is {gas}.", gas) for gas in GASES], (["It does.", "It does not."], "It does.", "It does."),
     (["sedimentary rock", "magma"], "Sedimentary", "sedimentary rock"), (["-5°C", "5°C"], "It was −5 °C.", "-5°C"),
+    (["10°C", "5°C", "15°C", "2°C"], "The answer is 2°C because it is cold", "2°C"), (GASES, "C because of carbon", "C"),
+    (["2", "3", "4", "1"], "The answer is 2.5", None), (WATERS, "The answer is A and B.", None), (WATERS, "It must be B.", "saltwater"),
+    (SIGNS, "The answer is $5 because it is", "$5"), (["x", "water", "x"], "The answer is x.", "x"), (["C#", "C"], "It is **C#**", "C#"),
     (["salt water", "water"], "The answer is B because salt water is more.", "water")]
 
 
@@ -139,6 +151,10 @@ def test_options(options, text, expected):
     ("json", '{"a": 1.5}', '{"a": 1}', False), ("json", '{"a": 2} no: {"a": 1}', '{"a": 1}', True),
     ("json", '{"a": 1} or rather {"a": 2}', '{"a": 1}', False), ("json", '{"b": [1, 2], "c": ', "[1, 2]", False),
     ("json", '{"b": [1, 2], "c": "x', "[1, 2]", False), ("json", '```json\n{"a": 1}\n```', '{"a": 1}', True),
+    ("json", '{"x": 1} and {"a": 1, "b": tru', '{"x": 1}', False), ("json", "[" + "9" * 5000 + "]", "[1]", False),
+    ("json", '{"a": "one\ntwo"}', '{"a": "one\\ntwo"}', True), ("text", "The answer is Paris because it is.", "Paris", True),
+    ("text", "New‑York", "New-York", True), ("math", r"\boxed{1,2}", "1.2", False), ("math", r"\boxed{2,1}", "1,2", True),
+    ("math", "The answer is 18 dollars.", "18", True), ("math", r"\boxed{30^\circ}", "30", True),
     ("json", 'in {x: 1} it is {"a": 1}', '{"a": 1}', True), ("json", '{"a": "1"}', '{"a": 1}', False),
     ("math", r"so \boxed{\frac{1}{2}}", r"\frac12", True), ("math", "The answer is $0.5$.", r"\frac{1}{2}", True),
     ("math", r"\boxed{3}", "4", False), ("math", "", "4", False), ("math", r"\boxed{.5}", "0.5", True),
@@ -166,9 +182,30 @@ def test_outputs_that_were_kept_aside():
     assert sum(of.values()) == 700 and min(right[grader] / of[grader] for grader in of) >= 0.85, right
 
 
+@pytest.mark.parametrize("grader", data.GRADERS)
+@pytest.mark.parametrize("text", [
+    "The answer is 5." + "\n" * 9000 + "!x", " \n" * 9000 + "x", "1 1/2-" * 3000 + "x", "1/" * 9000 + "x", "10^5*" * 4000 + "x",
+    "1×10^" * 4000 + "x", "answer is " * 2000 + "!x", "#" * 20000 + "!x", "The answer is 5. " + "," * 20000 + "\nx",
+    "The answer is 5. " + '"' * 20000 + "\nx", "\\boxed{" * 3000, "{" * 20000, "**a" * 7000, "\\frac{" * 3000, "9" * 20000,
+    "1," * 10000, "1 " * 10000, "(" * 20000, "a b " * 5000, "\\text{" * 3000], ids=lambda text: repr(text[-9:]))
+def test_outputs_that_never_end_are_graded_all_the_same(grader, text):
+    """No pattern takes a text apart in ever more ways: 20,000 characters are done long before a minute of the CPU's."""
+    handler = signal.signal(signal.SIGVTALRM, lambda *unused: pytest.fail("still grading"))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 60)
+    try:
+        _, correct = grade(grader, text, {"groundtruth": "5", "options": ["5", "6"]})
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+    assert correct in (True, False)
+
+
 def test_equal_answers_vote_together():
     for grader, texts in (("math", [r"\boxed{\frac{1}{2}}", r"\boxed{\dfrac{1}{2}}", "The answer is $0.5$.", r"\boxed{x=\frac12}"]),
                           ("math", [r"\boxed{2\sqrt 3}", r"\boxed{2 \sqrt 3}", r"The answer is $2\sqrt 3$."]),
+                          ("math", [r"\boxed{-\frac{1}{2}}", r"\boxed{-0.5}", r"\boxed{-\frac12}"]),
+                          ("math", [r"\boxed{30^\circ}", r"\boxed{30°}", r"\boxed{30}", r"\boxed{30^{\circ}}"]),
+                          ("math", [r"\boxed{x^2}", r"\boxed{x^{2}}"]), ("math", [r"\boxed{\text{odd}}", r"\boxed{odd}"]),
                           ("number", ["#### 0.5", "1/2", r"\boxed{.50}"]), ("text", ["Paris.", "**Paris**", "paris"])):
         assert len({grade(grader, text, {"groundtruth": "7"})[0] for text in texts}) == 1
 

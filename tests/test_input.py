@@ -99,7 +99,13 @@ def place(tmp_path_factory):
     write("typed.yaml", "rloo_k: many")
     (place / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     (place / "runs/held").mkdir()
-    write("runs/held/config.yaml", "dataset_name: cups")
+    write("runs/held/config.yaml", "model_name_or_path: m\ndataset_name: cups")
+    write("runs/held/metrics.jsonl")
+    for name in ("other/best", "alien"):
+        (place / "runs" / name).mkdir(parents=True)
+    write("runs/other/best/weights", "somebody else's")
+    write("runs/alien/config.yaml", "seed: 3\nlr: 0.1")
+    write("runs/alien/metrics.jsonl", "garbage")
     (place / "runs/trained").mkdir()
     write("runs/trained/config.yaml", "dataset_name: cups\nmodel_name_or_path: m")
     write("runs/trained/metrics.jsonl")
@@ -136,9 +142,13 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "nowhere.jsonl", "nowhere.jsonl: no such"), (JSONL + "empty.jsonl", "empty.jsonl: holds no rows"),
     (JSONL + "one.jsonl", "1 training questions"), (JSONL + "broken.jsonl", "broken.jsonl, line 3"),
     (JSONL + "list.jsonl", "line 2"), (JSONL + "deep.jsonl", "deep.jsonl, line 2"),
-    ("--dataset_name gsm8k --dataset_path unanswered.jsonl", "unanswered.jsonl, row 1: column groundtruth is empty"),
-    ("--run_name foreign", "runs/foreign: holds a .*metrics.jsonl.* of no run"),
-    ("--run_name foreign --checkpoint_path latest", "runs/foreign: holds a .*metrics.jsonl"),
+    ("--dataset_name gsm8k --dataset_path unanswered.jsonl", "unanswered.jsonl: no number is behind #### in "),
+    ("--run_name foreign", "runs/foreign: holds .*metrics.jsonl.*, but no run"),
+    ("--run_name foreign --checkpoint_path latest", "runs/foreign: holds .*metrics.jsonl.*, but no run"),
+    ("--run_name other", "runs/other: holds .*best.*, but no run"), ("--run_name alien", "runs/alien: holds .*, but no run"),
+    ("--run_name alien --checkpoint_path latest", "runs/alien: holds .*, but no run"), ("--run_name ..", "run_name .*: is a path"),
+    ("--stop_seqs A --max_step 3", "max_step: unknown key; did you mean max_steps"),
+    ("--stop_seqs A --config no.yaml", "no.yaml"),
     (JSONL + "no_column.jsonl", "row 2: no column responses"),
     (JSONL + "empty_answer.jsonl", "row 2: column responses is empty"),
     (JSONL + "empty_query.jsonl", "row 2: column queries is empty"),
@@ -269,7 +279,8 @@ def test_wandb(place, monkeypatch):
     assert not os.path.exists("runs/w")
     rows = []
     ids = []
-    run = types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step}), id="an-id")
+    run = types.SimpleNamespace(log=lambda row, step: rows.append(row | {"at": step}), id="an-id",
+                                finish=lambda: ids.append("finished"))
     wandb = types.SimpleNamespace(init=lambda **options: ids.append((options["id"], options["resume"])) or run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name == "wandb" else find(name, *rest))
@@ -279,7 +290,13 @@ def test_wandb(place, monkeypatch):
     shutil.rmtree("runs/w/final")
     # goes on in the same run there
     latro.main([*arguments, "--checkpoint_path", "latest"])
-    assert ids == [(None, "allow"), ("an-id", "allow")]
+    assert ids == [(None, "allow"), "finished", ("an-id", "allow"), "finished"]
+    wandb.init = lambda **options: 1 / 0
+    with pytest.raises(UserError, match="WANDB_PROJECT: division by zero; log in"):
+        latro.main([*arguments, "--run_name", "w2"])
+    wandb.init = lambda **options: run
+    latro.main([*arguments, "--run_name", "w2"])  # nothing of the failed start is in the way
+    shutil.rmtree("runs/w2")
     shutil.rmtree("runs/w")
 
 

@@ -125,7 +125,8 @@ def test_a_second_signal_ends_at_once(apart, monkeypatch):
             signal.signal(number, handler)
 
 
-DATED = "{% for m in messages %}The {{ m.content }}{% endfor %}{{ strftime_now('%d %b %Y') }}{{ strftime_now(\"%A\") }} The"
+DATED = ("{% for m in messages %}The {{ m.content }}{% endfor %}{{ strftime_now('%d %b %Y') }}{% set f = '%' ~ 'A' %}"
+         "{% set now = strftime_now %}{{ now(f) }}{% if strftime_now is defined %} The{% endif %}")
 
 
 def test_a_template_that_prints_todays_date_prints_the_runs(apart, monkeypatch):
@@ -159,6 +160,55 @@ def test_a_template_that_prints_todays_date_prints_the_runs(apart, monkeypatch):
     latro.main(arguments)
     assert seen == [prompt] * 6
     evaluate.main(["--model", "runs/x", "--date", "2024-02-29"])
-    assert seen[6] == "The ?29 Feb 2024Thursday The"  # the base's; best/ was written with its date
-    with pytest.raises(UserError, match="date: 2024-13-01 is not YYYY-MM-DD"):
-        evaluate.main(["--model", "runs/x", "--date", "2024-13-01"])
+    assert seen[6:] == ["The ?29 Feb 2024Thursday The"] * 2  # base and best alike
+    for day in ("2024-13-01", "2024-2-9", "20240229"):
+        with pytest.raises(UserError, match=f"date: {day} is not YYYY-MM-DD"):
+            evaluate.main(["--model", "runs/x", "--date", day])
+
+
+def test_evaluations_of_other_files_have_other_names(apart):
+    for folder in ("a", "b"):
+        os.mkdir(folder)
+        with open(f"{folder}/rows.jsonl", "w") as file:
+            file.write('{"queries": "The ball is under cup 1.", "responses": "The answer is 2.", "groundtruth": "2"}\n' * 2)
+        evaluate.main(["--model", "runs/cups-base/final", "--dataset_name", "jsonl", "--dataset_path", f"{folder}/rows.jsonl",
+                       "--response_length", "4", "--stop_seqs", "答" * 99])
+    assert sum(name.startswith("evaluation-") for name in os.listdir("runs/cups-base")) == 2
+
+
+def test_a_token_that_the_model_does_not_know_is_named(apart):
+    """Special tokens may lie beyond the embedding, as long as no text has them."""
+    tokenizer = AutoTokenizer.from_pretrained("runs/cups-base/final")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained("runs/cups-base/final")
+    for word in ("", "<image>"):
+        with open("rows.jsonl", "w") as file:
+            for i in range(20):
+                file.write('{"queries": "The ball %s is under cup %d.", "responses": "The answer is 2.", "groundtruth": "2"}\n'
+                           % (word, i))
+        for main, more in ((evaluate.main, ["--model", "runs/cups-base/final"]), (latro.main, [*SHORT, "1", "--run_name", "x"])):
+            arguments = [*more, "--dataset_name", "jsonl", "--dataset_path", "rows.jsonl", "--response_length", "4"]
+            if word:
+                with pytest.raises(UserError, match="the model has no token 33, '<image>'"):
+                    main(arguments)
+            else:
+                main(arguments)
+                shutil.rmtree("runs/x", ignore_errors=True)
+
+
+def test_a_job_that_waited_goes_on_from_the_newest_checkpoint(apart, monkeypatch):
+    """While it loaded its model, another one of the same run went on."""
+    arguments = [*SHORT, "2", "--num_evaluations", "1", "--run_name", "x", "--save_steps", "1", "--checkpoint_path", "latest"]
+    load, update, steps = latro.load_model, latro.update, []
+
+    def meanwhile(*inputs):
+        monkeypatch.setattr(latro, "load_model", load)
+        latro.main(arguments)
+        shutil.rmtree("runs/x/final")
+        os.remove("runs/x/evaluation-best.json")
+        monkeypatch.setattr(latro, "update", lambda *a: steps.append(1) or update(*a))
+        return load(*inputs)
+
+    monkeypatch.setattr(latro, "load_model", meanwhile)
+    latro.main(arguments)
+    assert not steps and latro.checkpoints("runs/x") == ["runs/x/checkpoints/step-2", "runs/x/checkpoints/step-1"]
