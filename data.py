@@ -325,10 +325,11 @@ def continued(tokenizer, texts):
     decode, results = decoder(tokenizer), {}
     for anchor in "\na.":
         [cut] = encode(tokenizer, [anchor])
+        begin = len(decode(cut))
         left = [text for text in texts if text not in results] or [""]
         for text, ids in zip(left, encode(tokenizer, [anchor + text for text in left])):
             kept, rest = ids[:len(cut)], ids[len(cut):]
-            begun = decode(cut + rest[:4])[len(decode(cut)):].rstrip("\ufffd")
+            begun = decode(cut + rest[:4])[begin:].rstrip("\ufffd")
             # a tokenizer may not decode to what it encoded, in lower case or with unknown words
             if kept == cut and text.startswith(begun) or anchor == ".":
                 results[text] = rest
@@ -360,8 +361,8 @@ def make_examples(tokenizer, rows, context=None, gold=False, vocabulary=None):
         require(prompt, f"queries: {query!r:.80} has no tokens")
         answers = tuple(ids + end for ids in answers)
         last = max(prompt + rationale + answers[0])
-        unknown = f"{query!r:.40}: the model has no token {last}, {tokenizer.decode(last)!r}"
-        require(last < (vocabulary or last + 1), unknown)
+        if vocabulary and last >= vocabulary:
+            raise UserError(f"{query!r:.40}: the model has no token {last}, {tokenizer.decode(last)!r}")
         longest = len(prompt + rationale * gold) + max(map(len, answers))
         what = "its rationale and its answer" if gold else "and its answer"
         wrong = f"{query!r:.40} {what} take {longest} tokens, the context leaves {context}"
@@ -504,13 +505,13 @@ PLAIN = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\d.])(\d{1,3})\.(\d{3})(?:\.(\d{3})|(?=,\d\d\b))(?!\d)", r"\1\2\3"),
     (r"(?<![\d,.([])(\d+),(?=\d\d?(?![\d,]))", r"\1."),
 )]
-SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+SCALES = {"k": 3, "M": 6, "B": 9, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
           "lakh": 5, "crore": 7, "万": 4, "億": 8, "亿": 8}
 # sign, whole part of a mixed number, digits, denominator, exponent, powers of ten, scale
 NUMBER = (r"((?<![A-Za-z\d.)\]])[-−])?(?<![A-Za-z\d_.^])(?:(\d+) +(?:and )?(?=\d+/\d))?"
           r"(\d+(?:\.\d+)?|\.\d+)(?:/(\d+))?(?:\^(-?\d+))?"
           r"(?:[eE]([-+]?\d+)|\s?[×*]\s?10\s?\^\s?\(?([-−]?\d+)\)?)?"
-          rf"(?:([kKMB])\b|[ -]?((?i:{'|'.join([*SCALES][4:-3])}))\b|([万億亿]))?")
+          rf"(?:([kKMB])\b|[ -]?((?i:{'|'.join([*SCALES][3:-3])}))\b|([万億亿]))?")
 # an expression, a range, a time: 9 * 2, 18-20, 3:30
 CHAIN = re.compile(rf"{NUMBER}(?:(?:\s*[-−–—+*×÷/:^~]\s*|\s+(?:to|or)\s+){NUMBER})*")
 LEAD = re.compile(r"(?i)[^\w.\-−]*(?:(?:about|approximately|around|roughly|exactly|only|just|equal to|"
@@ -683,14 +684,15 @@ def extract_option(text, options):
     "salt water") does not count; or it stands in exactly one option.
     """
     labels = dict(zip("ABCDEFGHIJ", options)) | dict(zip("123456789", options))
+    distinct = [*dict.fromkeys(options)]
 
     def single(said, like):
         for level in range(4):
-            folds = [fold(o, level) for o in dict.fromkeys(options)]
+            folds = [fold(o, level) for o in distinct]
             some = [f for f in folds if f and like(f, fold(said, level))]
             longest = max(some, key=len, default="")
             if some and all(f in longest for f in some) and folds.count(longest) == 1:
-                return [*dict.fromkeys(options)][folds.index(longest)]
+                return distinct[folds.index(longest)]
 
     def within(part, whole):
         return re.search(rf"(?<![\w+\-])(?<!\d[.,]){re.escape(part)}(?!\w|[.,]\d)", whole)
@@ -737,6 +739,8 @@ def extract_json(text):
     return None if found is None else json.dumps(found, sort_keys=True)
 
 
+# the words of \text{…}
+WORDING = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
 FORMULA = re.compile(r"(?s)\\\[(.+?)\\\]|\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<!\\)\$(.+?)(?<!\\)\$")
 
 
@@ -763,7 +767,7 @@ def extract_math(text):
     for name, short in (("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("π", "\\pi "), ("\\varnothing", "\\emptyset")):
         claim = claim.replace(name, short)
     claim = re.sub(r"√\(?(\w+)\)?", r"\\sqrt{\1}", claim)
-    claim = re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", claim)
+    claim = WORDING.sub(r"\1", claim)
     claim = re.sub(r"([\^_]|\\sqrt)\{(\w)\}", r"\1\2", claim)
     return re.sub(r"\\[dt]frac", r"\\frac", claim).strip()
 
@@ -773,7 +777,7 @@ def math_equal(prediction, truth):
     nothing of number bases, of open and closed intervals, and takes 2x+y=6 for 6."""
     from math_verify import parse, verify
     both = prediction, truth
-    words = {re.sub(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}", r"\1", x).strip().casefold() for x in both}
+    words = {WORDING.sub(r"\1", x).strip().casefold() for x in both}
     bases = {base for x in both for base in re.findall(r"_\{?(\d+)\}?$", x)}
     ends = {end for x in both for end in re.findall(r"^\\?([\[(])[^,]*,[^,]*([\])])$", x)}
     equations = {"=" in x for x in both}
@@ -819,8 +823,9 @@ def grade(grader, text, row):
     text, truth = final_part(text), row["groundtruth"]
     if grader == "text":
         truths = {fold(accepted) for accepted in listed_texts(truth) or [truth]}
-        right = [said for said in readings(text) if said in truths]
-        return [*right, extract_text(text)][0] or None, bool(right)
+        said = readings(text)
+        right = [reading for reading in said if reading in truths]
+        return [*right, said[-1]][0] or None, bool(right)
     extract = GRADERS[grader]
     if grader == "option":
         extract = partial(extract, options=row["options"])
@@ -830,5 +835,5 @@ def grade(grader, text, row):
     gold = truth if grader == "option" else extract(truth)
     correct = prediction == gold
     if grader == "math" and len(prediction) < 300:
-        correct = correct or math_equal(prediction, truth) or math_equal(prediction, gold)
+        correct = correct or any(math_equal(prediction, x) for x in {truth, gold})
     return prediction, correct

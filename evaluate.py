@@ -1107,8 +1107,7 @@ def main(argv):
     for label, path in models.items():
         model, tokenizer = load_model(path, dtype, device, s.attn_implementation, s.trust_remote_code,
                                       s.date)
-        examples = make_examples(tokenizer, rows[:s.limit], context_left(model, s.response_length),
-                                 vocabulary=model.get_input_embeddings().num_embeddings)
+        examples = make_examples(tokenizer, rows[:s.limit], **limits(model, s.response_length))
         result = evaluate(s, model, tokenizer, examples, grader, s.num_samples, label)
         results[label] = {"model": path, "dataset": s.dataset_name, "split": split} | result
         # one at a time is held
@@ -1138,10 +1137,12 @@ def closing_split(dataset_path, file="validation"):
     return file if isfile(dataset_path or "") else "test"
 
 
-def context_left(model, response_length):
-    """Tokens that the model's context leaves for x⊕y beside a rationale."""
+def limits(model, response_length):
+    """What make_examples holds rows to: the tokens that the model's context leaves for x⊕y beside a
+    rationale, and how many tokens it knows."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context and context - response_length
+    return {"context": context and context - response_length,
+            "vocabulary": model.get_input_embeddings().num_embeddings}
 
 
 def print_results(results):

@@ -55,8 +55,8 @@ from tqdm import tqdm
 from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
                   first_line, load_rows, make_examples, read_jsonl, require)
 from evaluate import main as evaluate_main
-from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, context_left, cut_rollout,
-                      evaluate, gather, generate, init_distributed, is_run, load_model, on_rank_0,
+from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, cut_rollout,
+                      evaluate, gather, generate, init_distributed, is_run, limits, load_model, on_rank_0,
                       parse, rank, read_yaml, resolve_dtype, run_script, say, score, settle,
                       stop_token_ids, stopper, uniform_rows, world_size)
 
@@ -416,8 +416,8 @@ class Config(Common):
             self.reward, self.sft_penalty = "logprob", 1.0
         k, sequences, name = self.rloo_k, self.sequences, self.run_name
         require(self.penalty_reward_value >= 1, "penalty_reward_value: below 1 it is a bonus")
-        file = name not in (".", "..") and "/" not in (name or "")
-        require(file, f"run_name {name}: is a path; output_dir says where")
+        is_name = name not in (".", "..") and "/" not in (name or "")
+        require(is_name, f"run_name {name}: is a path; output_dir says where")
         require(name or self.checkpoint_path != "latest", "checkpoint_path: latest needs run_name")
         require(k > 1 or self.objective == "sft",
                 "rloo_k: 1 leaves no other rollout for the leave-one-out baseline")
@@ -634,10 +634,8 @@ def tokenise_splits(config, splits, model, tokenizer):
     length = config.response_length
     # SFT pushes gold rationales through the model, and samples in evaluations only
     gold = config.objective == "sft"
-    known = model.get_input_embeddings().num_embeddings
-    prompts = make_examples(tokenizer, train, context_left(model, 0 if gold else length), gold, known)
-    validation, _ = (make_examples(tokenizer, rows, context_left(model, length), False, known)
-                     for rows in (validation, closing))
+    prompts = make_examples(tokenizer, train, gold=gold, **limits(model, 0 if gold else length))
+    validation, _ = (make_examples(tokenizer, rows, **limits(model, length)) for rows in (validation, closing))
     return prompts, validation
 
 
@@ -791,7 +789,7 @@ def run(config, device, splits):
     directory = f"{config.output_dir}/{config.run_name}"
     path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
     # a run that goes on another day keeps its prompts
-    config.date = state.date = config.date or state.date
+    config.date = config.date or state.date
     model, tokenizer = load_model(base, "auto", device, config.attn_implementation,
                                   config.trust_remote_code, config.date)
     examples = tokenise_splits(config, splits, model, tokenizer)
@@ -858,12 +856,12 @@ def plan(config, model, ranks, context=256) -> dict[str, float]:
     tokens = config.per_device_train_batch_size * (length + context / config.rloo_k)
     kept = 24 + len(layers) if config.gradient_checkpointing else 24 * len(layers)
     kept *= tokens * width * model.get_input_embeddings().weight.shape[1]
-    # gathered at a time, of both models and of gradients: two layers, and what lies outside of layers;
-    # one rank has the gradients of a pass in its dtype
+    # gathered at a time, of both models and of gradients: two layers, and what lies outside of layers
     inside = sum(p.numel() for p in layers.parameters())
     gathered = (2 * width + 4) * (whole - inside + 2 * inside / len(layers))
+    # one rank gathers nothing, but has the gradients of a pass in a dtype of its own
     if ranks == 1:
-        gathered = width * whole if width < 4 else 0
+        gathered = width * whole * (width < 4)
     return {"weights, float32": 4 * part, "gradients": 4 * part, "optimizer, two moments": 8 * part,
             "sampling copy": 0 if ranks == 1 and width == 4 else width * whole,
             "reference": width * part * (config.kl_coef > 0),
