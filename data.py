@@ -6,7 +6,7 @@ paper's columns:
     queries      the question with its chain-of-thought trigger: a list of chat messages, which goes
                  through the model's chat template, or a string, which is taken as it is
     responses    the gold answer in its template, e.g. "The answer is 18."; the y of log π(y|x⊕z)
-    groundtruth  what a prediction is graded against
+    groundtruth  what a prediction is graded against; None where no rule can judge answers
     rationales   optional: a gold rationale, used by `objective: sft` alone
     options      optional: the texts of a multiple-choice question
 
@@ -14,6 +14,7 @@ Differences from the code released with the paper: templated prompts get no seco
 end-of-turn token is read off the template and is always part of y, and validation rows come from
 the training split, never from the test split.
 """
+import difflib
 import json
 import random
 import re
@@ -149,6 +150,38 @@ def cups_base(split, path=None):
         yield make_row(q, ball, guess, rationales=track)
 
 
+# name, pronoun; what gives more, what takes
+PEOPLE = "Mia she|Tom he|Ana she|Ben he|Zoe she|Sam he|Eva she|Max he".split("|")
+THINGS = "shells coins cards books apples pens stamps beads".split()
+GAINS = "gets {} more|finds {}".split("|")
+LOSSES = "gives away {}|loses {}".split("|")
+
+
+def words(split, path=None, worked=1.0):
+    """Word problems of three small additions and subtractions; a share of them has a worked rationale."""
+    count = {"train": 4000, "test": 500}[split]
+    held_out = {str(row["queries"]) for row in words("test")} if split == "train" else {}
+    rng, odds = random.Random(f"words {split}"), random.Random("worked")
+    rows = []
+    while len(rows) < count:
+        (name, pronoun), things = rng.choice(PEOPLE).split(), rng.choice(THINGS)
+        start = total = rng.randint(3, 12)
+        events, steps = [], ""
+        for _ in range(3):
+            gain = total < 3 or rng.random() < 0.5
+            n = rng.randint(2, 6 if gain else min(6, total))
+            after = total + n if gain else total - n
+            events.append(rng.choice(GAINS if gain else LOSSES).format(n))
+            steps += f"{total} {'+' if gain else '-'} {n} = {after}. "
+            total = after
+        query = "{} has {} {}, {}, {} and {}. ".format(name, start, things, *events)
+        query = user(f"{query}How many {things} does {pronoun} have? Let's think step by step.")
+        if str(query) not in held_out:
+            rationale = steps if odds.random() < worked else ""
+            rows.append(make_row(query, str(total), rationales=rationale))
+    return rows
+
+
 def prompt_file(name):
     """A prompt that is quoted from a paper."""
     return (Path(__file__).parent / f"configs/{name}.txt").read_text("utf-8").strip()
@@ -198,13 +231,54 @@ def math(split, path=None):
             yield make_row(user(prompt), answer, f"${answer}$", rationales=rationale)
 
 
+def reasoning_gym(split, path=None, task="", options=()):
+    """A task of the reasoning-gym library (Stojanovski et al. 2025), which makes its rows and scores
+    its answers; `options` are the task's settings, such as "size=1000"."""
+    try:
+        import reasoning_gym as gym
+    except ImportError:
+        raise UserError("dataset_name reasoning_gym: pip install reasoning-gym")
+    near = difflib.get_close_matches(task, gym.factory.DATASETS, 5, 0)
+    require(task in near, f"dataset_name reasoning_gym:{task}: no such task; near it are {near}")
+    settings = {"size": 1000, **dict(map(parse_option, options))}
+    try:
+        # a row's seed is its split's plus its number: they lie far apart
+        test = settings | {"seed": 10 ** 9, "size": min(settings["size"], 500)}
+        test = gym.create_dataset(task, **test)
+        dataset = test if split == "test" else gym.create_dataset(task, **settings | {"seed": 0})
+        held_out = {item["question"] for item in test} if split == "train" else {}
+        items = [item for item in dataset if item["question"] not in held_out and item["answer"] is not None]
+    # a setting that is unknown, of the wrong type or out of range
+    except Exception as error:
+        raise UserError(f"dataset_options {[*options]}: {task} refuses them ({first_line(error)})")
+    require(items, f"dataset_name reasoning_gym:{task}: it has no gold answers to learn from")
+
+    def scorer(item, text):
+        # some cannot read every text
+        with suppress(Exception):
+            return dataset.score_answer(text, item)
+        return 0.0
+
+    for item in items:
+        query = user(item["question"] + "\nLet's think step by step.")
+        yield make_row(query, str(item["answer"]), scorer=partial(scorer, item))
+
+
+def parse_option(word):
+    """(key, value) of "key=value", where the value is JSON or text."""
+    key, _, value = word.partition("=")
+    with suppress(ValueError):
+        value = json.loads(value)
+    return key, value
+
+
 def jsonl(split, path=None):
     """A user's own rows, with the columns named at the top.
 
     A JSONL file, or a folder with train.jsonl and test.jsonl.
     """
     require(path, "jsonl needs dataset_path, a JSONL file")
-    columns = dict(queries=object, responses=str, groundtruth=object)
+    columns = dict(queries=object, responses=str)
     for number, row in enumerate(raw_rows(path, split, **columns), 1):
         where = f"{path}, row {number}: column"
         require(row["queries"], f"{where} queries is empty")
@@ -212,8 +286,9 @@ def jsonl(split, path=None):
         query = row["queries"]
         for message in query if isinstance(query, list) else user(query):
             check_row(message, f"{where} queries", role=str, content=str)
-        if not isinstance(row["groundtruth"], str):
-            row["groundtruth"] = json.dumps(row["groundtruth"], default=str)
+        truth = row.setdefault("groundtruth")
+        if not isinstance(truth, (str, type(None))):
+            row["groundtruth"] = json.dumps(truth, default=str)
         yield row
 
 
@@ -221,16 +296,30 @@ def jsonl(split, path=None):
 DATASETS = {
     "cups": (cups, "number"),
     "cups_base": (cups_base, "number"),
+    "words": (words, "number"),
+    # of its base model, and SFT's
+    "words_base": (partial(words, worked=0.3), "number"),
+    "words_direct": (partial(words, worked=0.0), "number"),
     "gsm8k": (gsm8k, "number"),
     "arc_challenge": (arc_challenge, "option"),
     # SFT's (Figure 7)
     "arc_challenge_direct": (partial(arc_challenge, template="arc_direct"), "option"),
     "math": (math, "math"),
     "jsonl": (jsonl, None),
+    "reasoning_gym:TASK": (reasoning_gym, "scorer"),
 }
 
 
-def load_rows(name, split, path=None, few_shot=0):
+def find_dataset(name):
+    """(function, grader) of a dataset's name."""
+    kind, colon, task = str(name).partition(":")
+    key = f"{kind}:TASK" if colon else kind
+    require(key in DATASETS, f"dataset_name {name}: unknown; choose one of {[*DATASETS]}")
+    function, grader = DATASETS[key]
+    return partial(function, task=task) if colon else function, grader
+
+
+def load_rows(name, split, path=None, few_shot=0, options=()):
     """Rows of split "train", "validation", "test" or "all" of the dataset `name`.
 
     Validation is a tenth of the training questions, at most 500, drawn with a seed that never
@@ -239,18 +328,21 @@ def load_rows(name, split, path=None, few_shot=0):
     is wrong.
     """
     parts = {"train": "train", "validation": "train", "test": "test", "all": "train test"}
-    require(name in DATASETS, f"dataset_name {name}: unknown; choose one of {[*DATASETS]}")
+    function, _ = find_dataset(name)
     require(split in parts, f"split {split}: unknown; choose one of {[*parts]}")
     require(exists(path or "."), f"dataset_path {path}: no such file")
     if isfile(path or ""):
         require(split != "test", f"split test: {path} is a single file; use all")
         parts["all"] = "train"
     require(few_shot in range(9 if name == "gsm8k" else 1), "few_shot: gsm8k has 8 worked examples")
-    shots = {"few_shot": few_shot} if few_shot else {}
-    rows = [row for part in parts[split].split() for row in DATASETS[name][0](part, path, **shots)]
+    has_options = name.startswith("reasoning_gym:")
+    require(has_options or not options, f"dataset_options: {name} has none, tasks of reasoning_gym have")
+    own = {"few_shot": few_shot} if few_shot else {"options": options} if has_options else {}
+    rows = [row for part in parts[split].split() for row in function(part, path, **own)]
     for number, row in enumerate(rows, 1):
         for column in ("groundtruth", "responses"):
-            require(row[column].strip(), f"{path or name}, row {number}: column {column} is empty")
+            empty = row[column] is not None and not row[column].strip()
+            require(not empty, f"{path or name}, row {number}: column {column} is empty")
     if split in ("train", "validation"):
         questions = list(dict.fromkeys(str(row["queries"]) for row in rows))
         require(questions[1:], f"dataset {name}: {len(questions)} training questions, 2 are needed")
@@ -791,26 +883,35 @@ GRADERS = dict(number=extract_number, text=extract_text, json=extract_json,
 
 
 def choose_grader(given, name, rows):
-    """(grader, why): `given`, or the dataset's own, or, for a user's JSONL, what fits its groundtruths,
-    and why.
+    """(grader, why): `given`, or where that is "auto" the dataset's own, or, for a user's JSONL, what
+    fits its groundtruths, and why.
 
-    number where every one is a number, json where every one is an object or an array that does not
-    list texts, else text.
+    none where there is no groundtruth, or most are longer than a line; number where every one is a
+    number, json where every one is an object or an array that does not list texts, else text.
     """
-    grader = given or DATASETS[name][1]
-    require(grader in [None, *GRADERS], f"grader {grader}: unknown; choose one of {[*GRADERS]}")
-    for row in rows if grader == "option" else []:
-        check_row(row, "grader option", options=list)
+    _, own = find_dataset(name)
+    grader, known = own if given == "auto" else given, [*GRADERS, "scorer", "none"]
+    require(grader in [None, *known], f"grader {grader}: unknown; choose one of {known}")
+    truths = [row["groundtruth"] for row in rows if row["groundtruth"] is not None]
+    if not truths and grader is None:
+        return "none", "no row has a groundtruth"
+    require(grader == "none" or len(truths) == len(rows), f"{len(rows) - len(truths)} of {len(rows)} rows "
+            "have no groundtruth, which only `grader: none` does without")
+    needed = {"option": {"options": list}, "scorer": {"scorer": object}}.get(grader, {})
+    for row in rows if needed else []:
+        check_row(row, f"grader {grader}", **needed)
         wrong = f"grader option: groundtruth {row['groundtruth']!r} is none of its row's options"
-        require(row["groundtruth"] in row["options"], wrong)
+        require(grader != "option" or row["groundtruth"] in row["options"], wrong)
     if grader:
         return grader, None
-    truths = [row["groundtruth"] for row in rows]
     texts = [truth for truth in truths if not whole_number(truth.rstrip("% "))]
     if not texts:
         return "number", "every groundtruth is a number"
     if all(extract_json(t) and t.strip()[0] in "{[" and not listed_texts(t) for t in truths):
         return "json", "every groundtruth is JSON"
+    long = [t for t in texts if len(t) > 120 or "\n" in t.strip()]
+    if len(long) > len(rows) / 2 and not listed_texts(long[0]):
+        return "none", f"groundtruths such as {long[0]!r:.60} are longer than a line"
     return "text", f"groundtruth {texts[0]!r:.60} is no number"
 
 
@@ -821,6 +922,13 @@ def grade(grader, text, row):
     accepted answers.
     """
     text, truth = final_part(text), row["groundtruth"]
+    if grader == "scorer":
+        # all of the last claim, which may have lines, or its first one; or the last line, or all
+        said = [*claims(text)[:1], *statements(text)[:1], *[text] * (not claims(text))]
+        said = [x for raw in said for x in (raw.strip(), MARKUP.sub("", raw).strip(" \n:"))]
+        said = [x for raw in said for x in (raw.removesuffix("."), raw)]
+        right = [x for x in said if row["scorer"](x) > 0.99]
+        return [*right, *said, None][0], bool(right)
     if grader == "text":
         truths = {fold(accepted) for accepted in listed_texts(truth) or [truth]}
         said = readings(text)

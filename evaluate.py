@@ -23,11 +23,12 @@ import sys
 import warnings
 import weakref
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from itertools import accumulate, chain
+from itertools import accumulate, chain, zip_longest
 from os.path import dirname, exists, isdir, isfile
 from pathlib import Path
 from statistics import fmean as mean
@@ -616,7 +617,9 @@ def cut_rollout(example: Example, ids: list[int], stop_ids, stop_seqs, decode) -
 # the figures of an evaluation, and what the table calls them
 LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k", "finished": "rationales finished",
           "rationale_length": "rationale length, tokens", "answer_logprob": "log π(y|x⊕z)",
-          "answer_logprob_no_rationale": "log π(y|x), no rationale"}
+          "answer_logprob_no_rationale": "log π(y|x), no rationale",
+          "perplexity": "perplexity of y per token",
+          "perplexity_no_rationale": "perplexity, no rationale"}
 
 
 class Interrupted(Exception):
@@ -629,11 +632,12 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     gold answers, by the settings s (a Common).
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut
-    by training's rule. All ranks call this and share the examples; all get the same result, rows
+    by training's rule. The grader "none" grades nothing: z alone is generated. All ranks call this and share the examples; all get the same result, rows
     in the order of `examples`, or None where `signals`, which a handler may fill meanwhile, is no longer
     empty on one of them."""
     decode, scorer, length = decoder(tokenizer), Scorer(model), s.response_length
-    stop_ids = stop_token_ids(tokenizer, model, s.stop_token)
+    stop_ids, graded = stop_token_ids(tokenizer, model, s.stop_token), grader != "none"
+    ends = stopper(stop_ids, [] if graded else s.stop_seqs, decode)
     begin, end = (len(examples) * r // world_size() for r in (rank(), rank() + 1))
     mine = examples[begin:end]
     total = len(mine) * (1 + num_samples)
@@ -642,7 +646,7 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     def stop(ids):
         if signals:
             raise Interrupted
-        ended = ids[-1] in stop_ids or len(ids) == length
+        ended = ends(ids) or len(ids) == length
         bar.update(ended)
         return ended
 
@@ -653,39 +657,86 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
                            batch_size=s.per_device_eval_batch_size)
         rollouts = [cut_rollout(mine[i // k], ids, stop_ids, s.stop_seqs, decode)
                     for i, (ids, _) in enumerate(sampled)]
-        graded = []
+        rows = []
         for i, (r, logprob) in enumerate(zip(rollouts, answer_logprobs(scorer, rollouts, signals))):
             ids, _ = sampled[i]
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
-            prediction, correct = grade(grader, output, mine[i // k].row)
-            graded.append(dict(
-                output=output, prediction=prediction, correct=correct, finished=r.finished,
-                rationale_length=len(r.rationale), answer_logprob=logprob))
-        return [graded[i * k:i * k + k] for i in range(len(mine))]
+            row = {"output": output, "answer_length": len(r.answer)}
+            if graded:
+                row["prediction"], row["correct"] = grade(grader, output, mine[i // k].row)
+            rows.append(row | dict(finished=r.finished, rationale_length=len(r.rationale),
+                                   answer_logprob=logprob))
+        return [rows[i * k:i * k + k] for i in range(len(mine))]
 
     keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
     rows = []
     with suppress(Interrupted):
         sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
-        bare = [Rollout(e.prompt, [], [], answer_ids(e, [], decode)) for e in mine]
-        bare = answer_logprobs(scorer, bare, signals)
-        for e, [row], samples, logprob in zip(mine, outputs(1), sampled, bare):
+        *some, blind = without_rationale(examples, mine, decode)
+        bare, guesses = (answer_logprobs(scorer, rollouts, signals) for rollouts in some)
+        for e, [row], samples, *logprobs in zip(mine, outputs(1), sampled, bare, guesses):
             row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
-            query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"]
-            rows.append(dict(query=query, groundtruth=truth, **row, answer_logprob_no_rationale=logprob,
-                             majority=majority(samples), samples=samples))
+            row |= zip(("answer_logprob_no_rationale", "guess_logprob"), logprobs)
+            query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"] or e.row["responses"]
+            row = {"query": query, "groundtruth": truth, **row, "samples": samples}
+            if graded:
+                row["majority"] = majority(samples)
+            rows.append(row)
     bar.close()
     rows = gather(rows)
     if len(rows) < len(examples):
         return None
     result = {"n": len(rows), "num_samples": num_samples}
     columns = {"accuracy": "correct", "maj_at_k": "majority"}
-    for name in [name for name in LABELS if num_samples or name != "maj_at_k"]:
-        values = [row[columns.get(name, name)] for row in rows]
+    for name in LABELS:
+        values = [row[column] for row in rows if (column := columns.get(name, name)) in row]
+        if not values or name == "maj_at_k" and not num_samples:
+            continue
         result[name] = mean(values)
         if isinstance(values[0], bool):
             result[f"{name}_ci95"] = interval95(result[name], len(rows))
+    if graded:
+        result["break_even"] = break_even(rows, blind)
+    else:
+        tokens = mean(row["answer_length"] for row in rows)
+        for end in ("", "_no_rationale"):
+            result[f"perplexity{end}"] = math.exp(-result[f"answer_logprob{end}"] / tokens)
     return result | {"rows": rows}
+
+
+def without_rationale(examples, mine, decode):
+    """Of `mine`, y behind x alone; and behind x and the words that all of `examples` begin it with: a
+    guess, made at once, whose template is free. Then log π of a guess without a look at x: what the
+    answers' tokens at each place say by their frequency, of which this one is left out and each kind
+    seen once more."""
+    answers = [answer_ids(e, [], decode) for e in examples]
+    shared = len(os.path.commonprefix([ids[:-1] for ids in answers]))
+    some = [(e, answer_ids(e, [], decode)) for e in mine]
+    places = [Counter(place) for place in zip_longest(*answers)]
+    for place in places:
+        # of answers that are shorter
+        del place[None]
+    blind = mean(sum(math.log(place[token] / (place.total() - 1 + len(place)))
+                     for token, place in zip(answer, places)) for answer in answers)
+    return ([Rollout(e.prompt, [], [], answer) for e, answer in some],
+            [Rollout(e.prompt, answer[:shared], [], answer[shared:]) for e, answer in some], blind)
+
+
+def break_even(rows, blind):
+    """Whether rationales pay: the share of the rationales that finish whose answer is right, mean log π
+    of the gold answer behind right and wrong ones and of a guess, and the share from which on a
+    rationale's mean is above the guess's."""
+    finished = [s for row in rows for s in row["samples"] or [row] if s["finished"] and s["rationale_length"]]
+    logprobs = {True: [], False: []}
+    for sample in finished:
+        logprobs[sample["correct"]].append(sample["answer_logprob"])
+    # a model soon learns how often which answer is right
+    guess = max(blind, mean(row["guess_logprob"] for row in rows))
+    # what there is none of is taken to cost nothing, or as much as a guess
+    right, wrong = mean(logprobs[True] or [0.0]), mean(logprobs[False] or [guess])
+    share = (guess - wrong) / (right - wrong) if right > wrong else float(guess > wrong)
+    return {"right": len(logprobs[True]) / max(1, len(finished)), "break_even": min(1.0, max(0.0, share)),
+            "logprob_right": right, "logprob_wrong": wrong, "logprob_guess": guess}
 
 
 @torch.no_grad()
@@ -918,12 +969,14 @@ def run_script(main):
 @dataclass
 class Common:
     """What training and evaluation both take. The comment above a key is its --help."""
-    # one of cups, gsm8k, arc_challenge, arc_challenge_direct, math, jsonl
+    # one of cups, words, gsm8k, arc_challenge, arc_challenge_direct, math, jsonl, reasoning_gym:TASK
     dataset_name: str | None = None
     # a local folder or file of the same columns in place of the hub
     dataset_path: str | None = None
-    # how answers are compared; default: the dataset's
-    grader: str | None = None
+    # settings of a task of reasoning_gym, such as size=1000 max_terms=3
+    dataset_options: list[str] = field(default_factory=list)
+    # of answers: number, option, text, json, math, none; auto: the dataset's, or what fits groundtruths
+    grader: str = "auto"
     # rows that are evaluated, the first ones; training takes all
     limit: int | None = None
     # samples per question for maj@k and log π(y|x⊕z) in the table; 0: greedy only
@@ -1085,7 +1138,7 @@ def main(argv):
     keys = get_type_hints(Common).keys() & config.keys()
     if given.get("dataset_name") not in (None, config.get("dataset_name")):
         # they are of the run's own dataset
-        keys -= {"dataset_path", "grader", "limit"}
+        keys -= {"dataset_path", "dataset_options", "grader", "limit"}
     own = {key: config[key] for key in keys}
     s, default = settle(Settings, own | given), settle(Settings, own)
     split = s.split or closing_split(s.dataset_path, "validation" if path == run else "all")
@@ -1100,7 +1153,7 @@ def main(argv):
     out = s.out or f"{run if config else '.'}/{name}.json"
     require(path != run or not s.out, f"out {out}: is one file; needs --model, and not a run")
     require(isdir(dirname(out) or ".") and not isdir(out), f"out {out}: no file in an existing folder")
-    rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot)
+    rows = load_rows(s.dataset_name, split, s.dataset_path, s.few_shot, s.dataset_options)
     grader, why = choose_grader(s.grader, s.dataset_name, rows)
     check_rows(rows, grader, why)
     results, dtype = {}, resolve_dtype(s.dtype, device)
@@ -1126,6 +1179,8 @@ def check_rows(rows, grader, why):
     """Say how answers are graded, and which gold responses the grader calls wrong."""
     if why:
         say(f"grader: {grader}, since {why}")
+    if grader == "none":
+        return say("nothing is graded: log π(y|x⊕z) chooses the model, and there is no accuracy")
     wrong = [row for row in rows if not grade(grader, row["responses"], row)[1]]
     for row in wrong[:1]:
         say(f"warning: the grader {grader} calls {len(wrong)} of {len(rows)} gold responses wrong; the "
@@ -1157,10 +1212,17 @@ def print_results(results):
             cell = f"{result[name]:.1%} [{low:.1%}, {high:.1%}]" if high else f"{result[name]:.3f}"
             line += f"{cell:>25}"
         print(line)
+    for label, result in results.items():
+        if found := result.get("break_even"):
+            pay = "pay" if found["right"] > found["break_even"] else "do not pay"
+            print(f"  {label}: rationales {pay} here: right {found['right']:.0%}, break-even {found['break_even']:.0%}"
+                  " (log π of the answer: right {logprob_right:.1f}, wrong {logprob_wrong:.1f}, a guess "
+                  "{logprob_guess:.1f})".format(**found))
     for answers in zip(*(result["rows"][:2] for result in results.values())):
         print(f"\n  Q: {answers[0]['query'].strip()}\n  gold: {answers[0]['groundtruth']}")
         for label, row in zip(results, answers):
-            print(f"  {label} ({'right' if row['correct'] else 'wrong'}): {row['output'].strip()}")
+            verdict = {True: " (right)", False: " (wrong)", None: ""}[row.get("correct")]
+            print(f"  {label}{verdict}: {row['output'].strip()}")
 
 
 if __name__ == "__main__":

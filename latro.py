@@ -55,7 +55,7 @@ from tqdm import tqdm
 from data import (EMBEDDED, Example, UserError, answer_ids, choose_grader, decoder, embedded_model,
                   first_line, load_rows, make_examples, read_jsonl, require)
 from evaluate import main as evaluate_main
-from evaluate import (Common, Rollout, Scorer, check_rows, closing_split, cut_rollout,
+from evaluate import (LABELS, Common, Rollout, Scorer, check_rows, closing_split, cut_rollout,
                       evaluate, gather, generate, init_distributed, is_run, limits, load_model, on_rank_0,
                       parse, rank, read_yaml, resolve_dtype, run_script, say, score, settle,
                       stop_token_ids, stopper, uniform_rows, world_size)
@@ -352,7 +352,7 @@ def refresh(sampler: nn.Module, policy: Scorer) -> None:
 class Config(Common):
     # folder or hub id of the starting point (this one is made)
     model_name_or_path: str = EMBEDDED
-    # one of cups, gsm8k, arc_challenge, arc_challenge_direct, math, jsonl
+    # one of cups, words, gsm8k, arc_challenge, arc_challenge_direct, math, jsonl, reasoning_gym:TASK
     dataset_name: str = "cups"
     # a handful of rows of every split, to see it run
     sanity_check: bool = False
@@ -523,7 +523,7 @@ def find_checkpoint(directory, chosen):
     """(path, state) of the checkpoint that a run continues from: the chosen one, or the latest;
     (None, the state of an untrained model) where it starts afresh."""
     path, logs = None, dict.fromkeys(LOGS, 0)
-    state = dict(step=0, consumed=0, evaluated=-1, best=0.0, skipped=0, date=time.strftime("%Y-%m-%d"), logs=logs)
+    state = dict(step=0, consumed=0, evaluated=-1, best=-math.inf, skipped=0, date=time.strftime("%Y-%m-%d"), logs=logs)
     candidates = [chosen] if chosen else []
     for candidate in checkpoints(directory) if chosen == "latest" else candidates:
         if found := read_state(candidate):
@@ -534,7 +534,7 @@ def find_checkpoint(directory, chosen):
         say(f"warning: {candidate} is damaged and skipped")
     # a checkpoint of another run knows nothing of this one's best/
     if not exists(f"{directory}/best"):
-        state["best"] = 0.0
+        state["best"] = -math.inf
     return path, SimpleNamespace(**state)
 
 
@@ -586,12 +586,14 @@ def sample_rows(step, rollouts, figures, decode):
 
 
 def draw_curves(directory):
-    """curves.png from metrics.jsonl: reward, accuracy, KL and rationale length against the step."""
+    """curves.png from metrics.jsonl: reward, accuracy or perplexity, KL and rationale length against
+    the step."""
     # not pyplot, which would look for a screen
     from matplotlib.figure import Figure
     rows = read_jsonl(f"{directory}/metrics.jsonl")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    names = "reward", "accuracy", "kl", "rationale_length"
+    judged = "accuracy" if any("accuracy" in row for row in rows) else "perplexity"
+    names = "reward", judged, "kl", "rationale_length"
     for name, axis in zip(names, figure.subplots(2, 2, sharex=True).flat):
         for style, label in (("-", "rollouts"), ("o-", "greedy, validation")):
             some = [row for row in rows if name in row and ("split" in row) == (style == "o-")]
@@ -621,7 +623,7 @@ def load_splits(config):
     before a model is loaded or made."""
     name, path = config.dataset_name, config.dataset_path
     splits = "train", "validation", closing_split(path)
-    train, validation, closing = (load_rows(name, split, path) for split in splits)
+    train, validation, closing = (load_rows(name, split, path, 0, config.dataset_options) for split in splits)
     grader, why = choose_grader(config.grader, name, train + validation + closing)
     check_rows(train + validation + closing, grader, why)
     some = 16 if config.sanity_check else None
@@ -674,18 +676,20 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
                               f"validation, step {state.step}", signals)
             if result is None:
                 break
-            names = "n accuracy answer_logprob rationale_length finished".split()
+            names = [name for name in ("n", *LABELS) if name in result]
             row = {"step": state.step, "split": "validation"} | {name: result[name] for name in names}
             append(f"{directory}/metrics.jsonl", [row])
             log({"step": state.step} | {f"validation/{name}": row[name] for name in names})
             if rank() == 0:
                 draw_curves(directory)
-                tqdm.write(f"step {state.step:>4}: validation accuracy {row['accuracy']:6.1%}, log π(y|x⊕z) "
-                           f"{row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
+                judged = "accuracy {accuracy:6.1%}" if "accuracy" in row else "perplexity {perplexity:.3f}"
+                told = f"validation {judged}, log π(y|x⊕z) {{answer_logprob:.3f}}, rationale length"
+                tqdm.write(f"step {state.step:>4}: {told} {{rationale_length:.1f}}".format(**row))
             state.evaluated = state.consumed
             # of equally good models the later one is kept
-            if state.step > 0 and result["accuracy"] >= state.best:
-                state.best = result["accuracy"]
+            quality = result.get("accuracy", result["answer_logprob"])
+            if state.step > 0 and quality >= state.best:
+                state.best = quality
                 export(f"{directory}/best", sampler, tokenizer)
             # one that came when a rank had done its share
             if any(gather(signals)):
@@ -784,7 +788,8 @@ def run(config, device, splits):
     # the embedded base starts from random weights
     torch.manual_seed(config.seed)
     base, chosen = config.model_name_or_path, config.checkpoint_path
-    unique = time.strftime(f"{config.dataset_name}-{config.objective}-%Y%m%d-%H%M%S-{os.getpid()}")
+    name = config.dataset_name.replace(":", "-")
+    unique = time.strftime(f"{name}-{config.objective}-%Y%m%d-%H%M%S-{os.getpid()}")
     config.run_name = on_rank_0(lambda: config.run_name or unique)
     directory = f"{config.output_dir}/{config.run_name}"
     path, state = on_rank_0(lambda: find_checkpoint(directory, chosen))
@@ -895,7 +900,7 @@ def dry_run(config):
             "or set gradient_checkpointing (activations), kl_coef 0 (reference), or take more ranks")
     prompts = config.prompts * ranks
     print(f"\nper step: {prompts} prompts, {config.sequences * ranks} sequences")
-    count = len(load_rows(config.dataset_name, "train", config.dataset_path))
+    count = len(load_rows(config.dataset_name, "train", config.dataset_path, 0, config.dataset_options))
     print(f"{count:,} training prompts: {config.total_steps(count, prompts)} steps in all")
 
 

@@ -1,5 +1,6 @@
 """Datasets, prompts of the main template kinds, and grading."""
 import json
+import sys
 
 import pytest
 import tokenizers
@@ -21,6 +22,66 @@ def test_cups_rows_are_true_and_have_no_rationales():
             a, b = swap.split("-")
             cup = {a: b, b: a}.get(cup, cup)
         assert cup == row["groundtruth"] and row["responses"] == f"The answer is {cup}."
+
+
+def test_word_problems_are_true():
+    test = load_rows("words", "test")
+    assert not {str(r["queries"]) for r in test} & {str(r["queries"]) for r in load_rows("words", "train")}
+    gives = {"gets": 1, "finds": 1, "buys": 1, "wins": 1, "gives": -1, "loses": -1, "sells": -1, "drops": -1}
+    for row in test:
+        content = row["queries"][0]["content"].replace(",", "").replace(".", "").split()
+        total, worked, sign = int(content[2]), "", None
+        for word in content[3:content.index("How")]:
+            sign = gives.get(word, sign)
+            if word.isdigit():
+                after = total + sign * int(word)
+                worked += f"{total} {'+' if sign > 0 else '-'} {word} = {after}. "
+                total = after
+        assert (row["groundtruth"], row["rationales"]) == (str(total), worked) and total >= 0
+        assert row["responses"] == f"The answer is {total}."
+
+
+def test_reasoning_gym_makes_rows_and_scores_answers(monkeypatch):
+    options = ["size=60", "max_terms=2", "max_digits=2"]
+    splits = [load_rows("reasoning_gym:chain_sum", split, options=options) for split in ("train", "validation", "test")]
+    train, validation, test = ([row["queries"][0]["content"] for row in rows] for rows in splits)
+    assert len(train) + len(validation) > 50 and len(test) == 60
+    assert not {*train} & {*validation} and not {*train, *validation} & {*test}
+    assert [row["queries"][0]["content"] for row in load_rows("reasoning_gym:chain_sum", "test", options=options)] == test
+    assert len(load_rows("reasoning_gym:chain_sum", "test", options=["size=700"])) == 500
+    grader, why = data.choose_grader("auto", "reasoning_gym:chain_sum", splits[0])
+    assert (grader, why) == ("scorer", None)
+    for row in splits[2]:
+        a, sign, b = row["queries"][0]["content"].split("problem: ")[1].split(" =")[0].split()
+        answer = str(int(a) + int(b) * (1 if sign == "+" else -1))
+        assert row["groundtruth"] == answer and row["responses"] == f"The answer is {answer}."
+        for text in (row["responses"], f"{a} and so on.\nThe answer is: **{answer}**", f"So \\boxed{{{answer}}}", answer):
+            assert grade(grader, text, row) == (answer, True)
+        assert not grade(grader, f"The answer is {answer}1.", row)[1] and not grade(grader, "", row)[1]
+    # an answer of several lines, and a scorer that cannot read every text
+    for task in ("spiral_matrix", "rotate_matrix", "prime_factorization", "spell_backward", "countdown"):
+        rows = load_rows(f"reasoning_gym:{task}", "test", options=["size=5"])
+        assert all(grade("scorer", "Well.\n" + row["responses"], row)[1] for row in rows)
+        assert not any(grade("scorer", "The answer is a fish.", row)[1] for row in rows)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match="reasoning_gym: pip install reasoning-gym"):
+        load_rows("reasoning_gym:chain_sum", "test")
+
+
+def test_what_no_rule_can_judge_is_not_graded():
+    def chosen(*truths, given="auto"):
+        return data.choose_grader(given, "jsonl", [{"groundtruth": truth} for truth in truths])
+
+    paragraph, lines = "It rains because warm air rises. " * 5, "First.\nThen."
+    for truth in (paragraph, lines):
+        grader, why = chosen(truth, truth, "short")
+        assert grader == "none" and f"groundtruths such as {truth!r:.60} are longer than a line" == why
+    assert chosen("short", "short", lines)[0] == "text" and chosen(lines, given="text") == ("text", None)
+    assert chosen(json.dumps(["a choice of words"] * 9))[0] == "text" and chosen(json.dumps({"a": paragraph}))[0] == "json"
+    assert chosen(None, None) == ("none", "no row has a groundtruth") and chosen(None, "5", given="none")[0] == "none"
+    for truths, given in (((None, "5"), "auto"), ((None, None), "text")):
+        with pytest.raises(UserError, match=f"{truths.count(None)} of 2 rows have no groundtruth"):
+            chosen(*truths, given=given)
 
 
 def test_splits_are_disjoint_and_fixed():
@@ -107,7 +168,7 @@ def test_arc_and_math_from_local_copies_in_the_hubs_columns(tmp_path):
     [direct] = load_rows("arc_challenge_direct", "test", str(tmp_path))
     assert direct["queries"][0]["content"].startswith("The output MUST strictly follow the structure")
     for name in ("arc_challenge", "arc_challenge_direct"):
-        assert grade(data.choose_grader(None, name, [row])[0], "The answer is B.", row) == ("dry ice", True)
+        assert grade(data.choose_grader("auto", name, [row])[0], "The answer is B.", row) == ("dry ice", True)
     arc["choices"]["text"][1] = "It does."
     write(tmp_path / "test.jsonl", [arc])
     assert [(row["responses"], row["groundtruth"]) for row in load_rows("arc_challenge", "test", str(tmp_path))] == [

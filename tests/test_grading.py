@@ -216,5 +216,5 @@ def test_equal_answers_vote_together():
     (["3/4", "5e-07", "18"], "number", "number"), (['["NYC", "New York"]', "Paris"], "text", "no number"),
     (['["NYC"]', '["LA"]'], "text", "no number"), (["18", "3 apples"], "text", "'3 apples'")])
 def test_default_grader_of_a_jsonl(truths, grader, why):
-    chosen, reason = data.choose_grader(None, "jsonl", [{"groundtruth": t} for t in truths])
+    chosen, reason = data.choose_grader("auto", "jsonl", [{"groundtruth": t} for t in truths])
     assert chosen == grader and why in reason

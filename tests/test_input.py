@@ -155,7 +155,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "number_answer.jsonl", "row 2: column responses"),
     (JSONL + "bad_messages.jsonl", "row 2: column queries"),
     (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
-    (JSONL + "null.jsonl", "row 2: no column groundtruth"), (JSONL + "long.jsonl", "context"),
+    (JSONL + "null.jsonl", "1 of 20 rows have no groundtruth"), (JSONL + "long.jsonl", "context"),
     (JSONL + "latin.jsonl", "UTF-8"),
     (JSONL + "surrogate.jsonl", "line 20: .*surrogates"),
     (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
@@ -183,6 +183,13 @@ TRAINING = [  # arguments of latro.py → what the line must say
     ("--stop_seqs The --objective sft --temperature 0", "temperature"),
     (JSONL + "good.jsonl --output_dir a_file", "a_file"), (JSONL + "good.jsonl --run_name a/b", "run_name"),
     (JSONL + "good.jsonl --attn_implementation sdpaa", "sdpaa"),
+    (JSONL + "good.jsonl --grader scorer", "grader scorer, .*: no column scorer"),
+    ("--dataset_options size=9", "dataset_options: cups has none"),
+    ("--dataset_name gsm8k:main", "gsm8k:main: unknown"),
+    ("--dataset_name reasoning_gym:chain_sun", "chain_sun: no such task; near it are .'chain_sum'"),
+    ("--dataset_name reasoning_gym:rush_hour", "rush_hour: it has no gold answers"),
+    *[(f"--dataset_name reasoning_gym:chain_sum --dataset_options {words}", "dataset_options .*: chain_sum refuses")
+      for words in ("size=many", "size=0", "terms=3", "size", "max_terms=1")],
 ]
 JUDGING = [
     ("", "no trained run"), ("--model beside/model", "dataset_name"), ("--out x.json --model", "model"),

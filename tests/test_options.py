@@ -1,5 +1,6 @@
 """Every key reaches what it steers, and the figures of an evaluation and of a run are what they say."""
 import json
+import math
 import os
 import shutil
 import types
@@ -83,6 +84,70 @@ def test_an_evaluation_is_what_its_options_say(tiny, cups):
         assert row["answer_logprob_no_rationale"] == pytest.approx(logprobs[range(len(y)), y].sum().item(), abs=1e-4)
 
 
+def test_an_evaluation_that_grades_nothing(tiny, cups):
+    """z alone is generated, by training's stop; perplexities are those of all answers' tokens."""
+    model, tokenizer = tiny
+    settings = evaluate.Settings(response_length=16, num_samples=3, stop_seqs=[" cup"])
+    graded, judged = (evaluate.evaluate(settings, model, tokenizer, cups, grader, 3, "") for grader in ("number", "none"))
+    assert not {"accuracy", "maj_at_k", "break_even"} & judged.keys() and not {"perplexity"} & graded.keys()
+    for name in ("answer_logprob", "answer_logprob_no_rationale", "finished", "rationale_length"):
+        assert judged[name] == pytest.approx(graded[name], abs=1e-6)
+    cut = 0
+    for ours, theirs in zip(judged["rows"], graded["rows"]):
+        assert not {"correct", "prediction", "majority"} & ours.keys()
+        for a, b in zip([ours, *ours["samples"]], [theirs, *theirs["samples"]]):
+            assert b["output"].startswith(a["output"]) and " cup" not in a["output"][:-4]
+            cut += a["output"] != b["output"]
+    assert cut > 3
+    tokens = sum(len(e.answers[0]) for e in cups)
+    for end in ("", "_no_rationale"):
+        total = sum(row[f"answer_logprob{end}"] for row in judged["rows"])
+        assert judged[f"perplexity{end}"] == pytest.approx(2.718281828 ** (-total / tokens))
+
+
+def test_a_guess_has_its_template_for_free(tiny, cups):
+    """log π of the answer behind x and the words that all answers begin with."""
+    model, tokenizer = tiny
+    result = evaluate.evaluate(evaluate.Settings(response_length=2), model, tokenizer, cups, "number", 0, "")
+    for example, row in zip(cups, result["rows"]):
+        y = example.answers[0]
+        [begun] = tokenizer([" The answer is"], add_special_tokens=False)["input_ids"]
+        assert y[:len(begun)] == begun
+        ids = torch.tensor([example.prompt + y])
+        logprobs = model(ids).logits[0, len(example.prompt) + len(begun) - 1:-1].log_softmax(-1)
+        expected = logprobs[range(len(y) - len(begun)), y[len(begun):]].sum().item()
+        assert row["guess_logprob"] == pytest.approx(expected, abs=1e-4)
+    # without a look at x: by how often the other answers have the same cup, and once more each
+    cups_ = [e.row["groundtruth"] for e in cups]
+    kinds = len({*cups_})
+    expected = sum(math.log(cups_.count(c) / (len(cups_) - 1 + kinds)) for c in cups_) / len(cups_)
+    assert evaluate.without_rationale(cups, cups, data.decoder(tokenizer))[2] == pytest.approx(expected)
+
+
+def test_break_even():
+    """At the break-even share a rationale's mean log π is a guess's: here by trying shares one by one."""
+    def rows(right, wrong, guess, unfinished=0):
+        kinds = [(True, -1.0, True, 4)] * right + [(False, -9.0, True, 4)] * wrong + [(True, -30.0, False, 4)] * unfinished
+        kinds += [(False, -4.0, True, 0)] * 3
+        names = "correct", "answer_logprob", "finished", "rationale_length"
+        return [{"guess_logprob": guess, "samples": [dict(zip(names, kind)) for kind in kinds]}]
+
+    for guess in (-5.0, -8.0, -2.0):
+        found = evaluate.break_even(rows(3, 7, guess, unfinished=5), -50.0)
+        tried = min((abs(share * -1.0 + (1 - share) * -9.0 - guess), share) for share in (i / 1000 for i in range(1001)))
+        assert found["right"] == 0.3 and found["break_even"] == pytest.approx(tried[1], abs=1e-3)
+        assert (found["logprob_right"], found["logprob_wrong"], found["logprob_guess"]) == (-1, -9, guess)
+    assert evaluate.break_even(rows(3, 7, -20.0), -50.0)["break_even"] == 0 and evaluate.break_even(rows(3, 7, -0.5), -50.0)["break_even"] == 1
+    # none right, none wrong, none finished; greedy outputs where nothing was sampled
+    assert evaluate.break_even(rows(0, 7, -4.5), -50.0)["break_even"] == 0.5 and evaluate.break_even(rows(3, 0, -4.0), -50.0)["break_even"] == 0
+    assert evaluate.break_even(rows(0, 0, -4.0, unfinished=3), -50.0)["right"] == 0
+    # the likelier of the model's own guess and one without a look at the question
+    assert evaluate.break_even(rows(3, 7, -20.0), -5.0) == evaluate.break_even(rows(3, 7, -5.0), -20.0)
+    greedy = {"guess_logprob": -3.0, "samples": [], "correct": True, "answer_logprob": -1.0, "finished": True,
+              "rationale_length": 3}
+    assert evaluate.break_even([greedy], -50.0)["right"] == 1
+
+
 def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     """Keys of the command line, of the run that the model belongs to, and what another dataset leaves out."""
     model, tokenizer = data.embedded_model()
@@ -94,7 +159,7 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     real = evaluate.evaluate
     short = evaluate.Settings(response_length=2, num_samples=2)
     monkeypatch.setattr(evaluate, "evaluate", lambda *a: judged.append(a) or real(short, *a[1:]))
-    keys = {"dataset_path": "p", "grader": "text", "limit": 3, "num_samples": 2, "response_length": 21,
+    keys = {"dataset_path": "p", "dataset_options": ["a=1"], "grader": "text", "limit": 3, "num_samples": 2, "response_length": 21,
             "temperature": 0.5, "stop_token": "pad", "stop_seqs": [" cup", "x"], "per_device_eval_batch_size": 5,
             "dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True, "seed": 7,
             "date": "2024-02-29"}
@@ -106,14 +171,14 @@ def test_every_key_of_an_evaluation_arrives(tmp_path, monkeypatch):
     elsewhere = ["--model", "best", "--dataset_name", "jsonl", "--split", "validation", *words]
     for argv, split in ((elsewhere, "validation"), (["--model", "runs/r/best"], "test")):
         evaluate.main(argv)
-        assert asked.pop() == ("jsonl", split, "p", 0)
+        assert asked.pop() == ("jsonl", split, "p", 0, ["a=1"])
         _, dtype, _, *rest = loaded.pop()
         assert (dtype, *rest) == ("bfloat16", "eager", True, "2024-02-29")
         s, _, _, examples, *rest = judged.pop()
         assert len(examples) == 3 and rest == ["text", 2, "best"]
         assert {k: v for k, v in vars(s).items() if k in keys} == keys
     evaluate.main(["--model", "runs/r/best", "--dataset_name", "gsm8k", "--few_shot", "2", "--split", "train"])
-    assert asked.pop() == ("gsm8k", "train", None, 2) and judged.pop()[4] == "number"
+    assert asked.pop() == ("gsm8k", "train", None, 2, []) and judged.pop()[4] == "number"
     loaded.clear()
     evaluate.main(["--model", "runs/r", "--limit", "2"])
     assert [a[0] for a in loaded] == ["m", "runs/r/best"]

@@ -18,7 +18,8 @@ import latro
 STEP_KEYS = {"step", "epoch", "reward", "answer_logprob", "kl", "finished", "rationale_length", "policy_loss",
              "sft_loss", "grad_norm", "lr", "skipped", "generate_s", "score_s", "train_s", "step_s", "tokens_per_s",
              "work_ratio", "stop_in_answer", "sampling_gap"}
-EVALUATION_KEYS = {"step", "split", "n", "accuracy", "answer_logprob", "rationale_length", "finished"}
+EVALUATION_KEYS = {"step", "split", "n", "accuracy", "answer_logprob", "answer_logprob_no_rationale",
+                   "rationale_length", "finished"}
 
 
 def check_run(run, steps):
@@ -156,6 +157,40 @@ def test_two_ranks_do_what_one_does(default_run):
     best = json.load(open(f"{folder}/runs/two/evaluation-best.json"))
     assert best["accuracy"] >= 0.97 and best["n"] == 500 and len(best["rows"]) == 500
     assert [r["query"] for r in best["rows"]] == [r["queries"] for r in data.load_rows("cups", "test")]
+
+
+def test_paragraphs_train_without_a_grader(default_run):
+    """No accuracy: perplexity is reported, and the best model is that of the highest log π(y|x⊕z)."""
+    folder, _, _ = default_run
+    with open(f"{folder}/paragraphs.jsonl", "w") as file:
+        for row in data.load_rows("cups", "train")[:30]:
+            file.write(json.dumps({"queries": row["queries"], "responses": f"{row['responses']} " * 9}) + "\n")
+    printed = script("latro.py", "--model_name_or_path", f"{folder}/runs/cups-base/final", "--dataset_name", "jsonl",
+                     "--dataset_path", "paragraphs.jsonl", "--run_name", "paragraphs", "--max_steps", 6,
+                     "--num_evaluations", 3, "--response_length", 20, "--learning_rate", "3e-4", cwd=folder)
+    assert "grader: none, since no row has a groundtruth" in printed and "there is no accuracy" in printed
+    assert "perplexity of y per token" in printed and "accuracy" not in printed.split("3 questions")[1]
+    run = f"{folder}/runs/paragraphs"
+    metrics = rows(f"{run}/metrics.jsonl")
+    evaluations = [row for row in metrics if "split" in row]
+    judged = EVALUATION_KEYS - {"accuracy"} | {"perplexity", "perplexity_no_rationale"}
+    assert [row.keys() for row in evaluations] == [judged] * 4
+    best, tried = (json.load(open(f"{run}/evaluation-{name}.json")) for name in ("best", "base"))
+    assert best["answer_logprob"] == pytest.approx(max(row["answer_logprob"] for row in evaluations[1:]), abs=1e-3)
+    assert best["perplexity"] < tried["perplexity"] and "The answer is" in best["rows"][0]["groundtruth"]
+    assert os.path.exists(f"{run}/curves.png")
+
+
+def test_a_task_of_reasoning_gym_on_a_small_model(default_run):
+    folder, _, _ = default_run
+    printed = script("latro.py", "--config", "tiny.yaml", "--dataset_name", "reasoning_gym:chain_sum",
+                     "--dataset_options", "size=100", "max_terms=3", "--max_steps", 2, "--num_evaluations", 1,
+                     cwd=folder)
+    assert "greedy accuracy" in printed
+    [run] = glob.glob(f"{folder}/runs/reasoning_gym-chain_sum-latro-*")
+    check_run(run, 2)
+    assert len(json.load(open(f"{run}/evaluation-best.json"))["rows"]) == 100
+    assert "100 questions" in script("evaluate.py", "--model", f"{run}/best", "--num_samples", 0, cwd=folder)
 
 
 def test_own_jsonl_trains_and_evaluates(default_run):
