@@ -298,7 +298,7 @@ DATASETS = {
     "cups_base": (cups_base, "number"),
     "words": (words, "number"),
     # of its base model, and SFT's
-    "words_base": (partial(words, worked=0.3), "number"),
+    "words_base": (partial(words, worked=0.4), "number"),
     "words_direct": (partial(words, worked=0.0), "number"),
     "gsm8k": (gsm8k, "number"),
     "arc_challenge": (arc_challenge, "option"),

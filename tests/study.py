@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean as mean, quantiles, stdev
 
@@ -57,11 +58,11 @@ def evaluations() -> dict[str, tuple[str | None, str, str, int]]:
     return jobs | {f"length-{LENGTH}": ("latro", "", "final", 8)}
 
 
-def script(log: Path, name: str, *arguments) -> None:
-    """Run a script of the project on one thread; what it prints is added to the file `log`."""
+def script(log: Path, name: str, *arguments, threads: int = 1) -> None:
+    """Run a script of the project; what it prints is added to the file `log`."""
     with log.open("a") as file:
         CHILDREN.append(child := subprocess.Popen([sys.executable, ROOT / name, *map(str, arguments)], stdout=file,
-                                                  stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+                                                  stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)}))
         if child.wait():
             raise UserError(f"{name} failed in the study; what it printed is at the end of {log}")
 
@@ -90,14 +91,51 @@ def run_all(runs: Path) -> None:
             if not (file := runs / f"{name}-{seed}.json").exists():
                 jobs.setdefault((runs, run, seed), []).append((file, *rest))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(work, *job, todo) for job, todo in jobs.items()]
-        try:
-            for done in tqdm(concurrent.futures.as_completed(futures), "study", len(futures), unit="run", smoothing=0):
-                done.result()
-        finally:  # one failed, or the study is told to stop: a run in training then writes a checkpoint
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in CHILDREN:
-                child.terminate()
+        wait_for([pool.submit(work, *job, todo) for job, todo in jobs.items()], pool)
+
+
+def wait_for(futures: list, pool) -> None:
+    """Show how many are done; where one fails, or the study is told to stop, none goes on."""
+    try:
+        for done in tqdm(concurrent.futures.as_completed(futures), "study", len(futures), unit="run", smoothing=0):
+            done.result()
+    finally:  # a run in training then writes a checkpoint
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in CHILDREN:
+            child.terminate()
+
+
+@contextmanager
+def timed(*folders: Path):
+    """Make the folders; a line in the last one's seconds.txt for every part of a study that was interrupted."""
+    begin = time.time()
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with (folders[-1] / "seconds.txt").open("a") as file:
+            print(f"{time.time() - begin:.1f}", file=file)
+
+
+def made_on(runs: Path) -> dict:
+    """How long a study took, on which machine, and what made its runs."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
+    made_by = {path.read_text("utf-8").split("\n")[0].strip("# ") for path in runs.glob("*/config.yaml")}
+    return {"minutes": sum(map(float, (runs / "seconds.txt").read_text().split())) / 60,
+            "machine": f"{os.cpu_count()} cores, {cpu[0]}", "made_by": "; ".join(sorted(made_by))}
+
+
+def table(*lines) -> str:
+    """Markdown, the head first."""
+    return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation (n − 1), of one value itself."""
+    more = f" ± {stdev(values):.{digits}f}" if values[1:] else ""
+    return f"{mean(values):.{digits}f}{more}".replace("-", "−")
 
 
 def maj(rows: list[dict], k: int) -> float:
@@ -115,12 +153,7 @@ def summarise(runs: Path) -> dict:
         return {"accuracy": [100 * e["accuracy"] for e in held[name]], "maj@8": [maj(e["rows"], 8) for e in held[name]],
                 **{key: [e[key] for e in held[name]] for key in ("answer_logprob", "rationale_length")}}
 
-    info = Path("/proc/cpuinfo")
-    cpu = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
-    made_by = {path.read_text("utf-8").split("\n")[0].strip("# ") for path in runs.glob("*/config.yaml")}
-    return {"minutes": sum(map(float, (runs / "seconds.txt").read_text().split())) / 60,
-            "machine": f"{os.cpu_count()} cores, {cpu[0]}", "made_by": "; ".join(sorted(made_by)),
-            "questions": held["base"][0]["n"],
+    return {"questions": held["base"][0]["n"],
             "table": {"base": figures("base")} | {label: figures(f"{run}-best") for run, (label, *_) in ROWS.items()},
             "lengths": {n: figures(f"length-{n}") for n in (*LENGTHS, LENGTH)},
             "maj@k": {label: {k: [maj(e["rows"], k) for e in held[name]] for k in KS}
@@ -132,12 +165,6 @@ def summarise(runs: Path) -> dict:
 
 def tables(s: dict) -> str:
     """study.md: what made it, every table, and what its rows mean."""
-    def table(*lines) -> str:
-        return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
-
-    def spread(values: list[float], digits: int = 1) -> str:
-        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}".replace("-", "−")
-
     def figures(row: dict[str, list[float]]) -> list[str]:
         return [spread(row[key], 2 if key == "answer_logprob" else 1) for key in FIGURES]
 
@@ -228,15 +255,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default="docs", help="folder of study.md, study.json and study.png")
     parser.add_argument("--runs", type=Path, default="runs/study", help="folder of the runs and their evaluations")
-    options, begin = parser.parse_args(argv), time.time()
-    for folder in (options.out, options.runs):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
+    options = parser.parse_args(argv)
+    with timed(options.out, options.runs):
         run_all(options.runs)
-    finally:  # a line for every part of a study that was interrupted
-        with (options.runs / "seconds.txt").open("a") as file:
-            print(f"{time.time() - begin:.1f}", file=file)
-    summary = summarise(options.runs)
+    summary = made_on(options.runs) | summarise(options.runs)
     (options.out / "study.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
     (options.out / "study.md").write_text(tables(summary), "utf-8")
     draw(options.out / "study.png", summary)
