@@ -620,6 +620,8 @@ LABELS = {"accuracy": "greedy accuracy", "maj_at_k": "maj@k", "finished": "ratio
           "answer_logprob_no_rationale": "log π(y|x), no rationale",
           "perplexity": "perplexity of y per token",
           "perplexity_no_rationale": "perplexity, no rationale"}
+PAY = ("right {right:.0%} of {rationales}, break-even {break_even:.0%} (log π of the answer: right "
+       "{logprob_right:.1f}, wrong {logprob_wrong:.1f}, a guess {logprob_guess:.1f})")
 
 
 class Interrupted(Exception):
@@ -632,9 +634,9 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     gold answers, by the settings s (a Common).
 
     Generation ends at a stop token only, so that the answer is there to be graded; z is then cut
-    by training's rule. The grader "none" grades nothing: z alone is generated. All ranks call this and share the examples; all get the same result, rows
-    in the order of `examples`, or None where `signals`, which a handler may fill meanwhile, is no longer
-    empty on one of them."""
+    by training's rule. The grader "none" grades nothing: z alone is generated. All ranks call this and
+    share the examples; all get the same result, rows in the order of `examples`, or None where
+    `signals`, which a handler may fill meanwhile, is no longer empty on one of them."""
     decode, scorer, length = decoder(tokenizer), Scorer(model), s.response_length
     stop_ids, graded = stop_token_ids(tokenizer, model, s.stop_token), grader != "none"
     ends = stopper(stop_ids, [] if graded else s.stop_seqs, decode)
@@ -669,11 +671,15 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
         return [rows[i * k:i * k + k] for i in range(len(mine))]
 
     keys = [f"{s.seed}/evaluate/{i}/{j}" for i in range(begin, end) for j in range(num_samples)]
-    rows = []
+    answers, rows = [answer_ids(e, [], decode) for e in examples], []
+    template = len(os.path.commonprefix([y[:-1] for y in answers]))
     with suppress(Interrupted):
         sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
-        *some, blind = without_rationale(examples, mine, decode)
-        bare, guesses = (answer_logprobs(scorer, rollouts, signals) for rollouts in some)
+        # y behind x alone, and a guess, made at once: behind the template's words too
+        bare, guesses = (
+            answer_logprobs(scorer, [Rollout(e.prompt, y[:given], [], y[given:])
+                                     for e, y in zip(mine, answers[begin:end])], signals)
+            for given in (0, template))
         for e, [row], samples, *logprobs in zip(mine, outputs(1), sampled, bare, guesses):
             row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
             row |= zip(("answer_logprob_no_rationale", "guess_logprob"), logprobs)
@@ -696,30 +702,23 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
         if isinstance(values[0], bool):
             result[f"{name}_ci95"] = interval95(result[name], len(rows))
     if graded:
-        result["break_even"] = break_even(rows, blind)
+        result["break_even"] = break_even(rows, blind_guess(answers))
     else:
         tokens = mean(row["answer_length"] for row in rows)
-        for end in ("", "_no_rationale"):
-            result[f"perplexity{end}"] = math.exp(-result[f"answer_logprob{end}"] / tokens)
+        for which in ("", "_no_rationale"):
+            result[f"perplexity{which}"] = math.exp(-result[f"answer_logprob{which}"] / tokens)
     return result | {"rows": rows}
 
 
-def without_rationale(examples, mine, decode):
-    """Of `mine`, y behind x alone; and behind x and the words that all of `examples` begin it with: a
-    guess, made at once, whose template is free. Then log π of a guess without a look at x: what the
-    answers' tokens at each place say by their frequency, of which this one is left out and each kind
-    seen once more."""
-    answers = [answer_ids(e, [], decode) for e in examples]
-    shared = len(os.path.commonprefix([ids[:-1] for ids in answers]))
-    some = [(e, answer_ids(e, [], decode)) for e in mine]
+def blind_guess(answers):
+    """Mean log π of answers, token ids, that are guessed without a look at the question: by how often a
+    token stands at its place in the other answers, where each kind counts once more."""
     places = [Counter(place) for place in zip_longest(*answers)]
     for place in places:
         # of answers that are shorter
         del place[None]
-    blind = mean(sum(math.log(place[token] / (place.total() - 1 + len(place)))
-                     for token, place in zip(answer, places)) for answer in answers)
-    return ([Rollout(e.prompt, [], [], answer) for e, answer in some],
-            [Rollout(e.prompt, answer[:shared], [], answer[shared:]) for e, answer in some], blind)
+    return mean(sum(math.log(place[token] / (place.total() - 1 + len(place)))
+                    for token, place in zip(answer, places)) for answer in answers)
 
 
 def break_even(rows, blind):
@@ -735,8 +734,9 @@ def break_even(rows, blind):
     # what there is none of is taken to cost nothing, or as much as a guess
     right, wrong = mean(logprobs[True] or [0.0]), mean(logprobs[False] or [guess])
     share = (guess - wrong) / (right - wrong) if right > wrong else float(guess > wrong)
-    return {"right": len(logprobs[True]) / max(1, len(finished)), "break_even": min(1.0, max(0.0, share)),
-            "logprob_right": right, "logprob_wrong": wrong, "logprob_guess": guess}
+    return {"rationales": len(finished), "right": len(logprobs[True]) / max(1, len(finished)),
+            "break_even": min(1.0, max(0.0, share)), "logprob_right": right, "logprob_wrong": wrong,
+            "logprob_guess": guess}
 
 
 @torch.no_grad()
@@ -1215,9 +1215,7 @@ def print_results(results):
     for label, result in results.items():
         if found := result.get("break_even"):
             pay = "pay" if found["right"] > found["break_even"] else "do not pay"
-            print(f"  {label}: rationales {pay} here: right {found['right']:.0%}, break-even {found['break_even']:.0%}"
-                  " (log π of the answer: right {logprob_right:.1f}, wrong {logprob_wrong:.1f}, a guess "
-                  "{logprob_guess:.1f})".format(**found))
+            print(f"  {label}: rationales {pay} here:", PAY.format(**found))
     for answers in zip(*(result["rows"][:2] for result in results.values())):
         print(f"\n  Q: {answers[0]['query'].strip()}\n  gold: {answers[0]['groundtruth']}")
         for label, row in zip(results, answers):

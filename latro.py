@@ -682,9 +682,10 @@ def train(config, directory, model, tokenizer, prompts, validation, device, path
             log({"step": state.step} | {f"validation/{name}": row[name] for name in names})
             if rank() == 0:
                 draw_curves(directory)
-                judged = "accuracy {accuracy:6.1%}" if "accuracy" in row else "perplexity {perplexity:.3f}"
-                told = f"validation {judged}, log π(y|x⊕z) {{answer_logprob:.3f}}, rationale length"
-                tqdm.write(f"step {state.step:>4}: {told} {{rationale_length:.1f}}".format(**row))
+                judged = "accuracy" if "accuracy" in row else "perplexity"
+                shown = f"{row[judged]:6.1%}" if judged == "accuracy" else f"{row[judged]:.3f}"
+                tqdm.write(f"step {state.step:>4}: validation {judged} {shown}, log π(y|x⊕z) "
+                           f"{row['answer_logprob']:.3f}, rationale length {row['rationale_length']:.1f}")
             state.evaluated = state.consumed
             # of equally good models the later one is kept
             quality = result.get("accuracy", result["answer_logprob"])

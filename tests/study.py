@@ -180,7 +180,7 @@ def tables(s: dict) -> str:
 
 `cups`, {s['questions']} test questions; mean ± standard deviation (n − 1) over {len(SEEDS)} seeds.
 A seed is that of training and of the evaluation's samples; the base is one model, of which only the samples differ.
-Every run is `python latro.py --config tiny.yaml` with the row's flags: 120 updates of 128 sequences. The model is its
+Every run is `python latro.py --config tiny.yaml` with the row's flags: 40 updates of 128 sequences. The model is its
 `best/`, chosen on validation rows.
 
 {table(["", *FIGURES.values(), ""], *([label, *figures(row), meaning[label]] for label, row in s["table"].items()))}

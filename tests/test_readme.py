@@ -27,7 +27,7 @@ SHAPES = {"meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA),
           "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", LLAMA | {
               "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
               "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True})}
-SHAPES["runs/sft72/final"] = SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"]  # trained by the command before
+SHAPES["runs/sft72/final"] = SHAPES["runs/words-base/final"] = SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"]  # trained by the command before
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def arguments_of(commands, script):
 def test_commands_are_found(commands):
     assert len(commands) > 20 and ["-m", "pytest"] in [words[1:3] for words in commands]
     assert {os.path.basename(w) for words in commands for w in words if w.endswith(".py")} == {
-        "latro.py", "evaluate.py", "bench.py", "study.py", "kill.py", "gpu.py"}
+        "latro.py", "evaluate.py", "bench.py", "study.py", "kill.py", "gpu.py", "words.py", "pay.py"}
     assert (["--seed", "9"], ["python"]) in arguments_of(commands, "latro.py")  # one process: no torchrun around it
     launched = [" ".join(before) for _, before in arguments_of(commands, "latro.py") if "--node_rank" in before]
     assert any("--node_rank 0 --master_addr host0" in words for words in launched)
@@ -85,8 +85,8 @@ def test_training_commands(commands, tmp_path, monkeypatch, capsys):
     (tmp_path / "my.jsonl").write_text("\n".join(json.dumps(row | {"queries": f"q{i}"}) for i in range(4)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **_: AutoConfig.for_model(SHAPES[path][0], **SHAPES[path][1]))
-    monkeypatch.setattr(latro, "load_rows", lambda name, split, path: (
-        [row] * 6725 if path is None else data.load_rows(name, split, path)))
+    monkeypatch.setattr(latro, "load_rows", lambda name, split, path, *rest: (
+        [row] * 6725 if path is None else data.load_rows(name, split, path, *rest)))
     planned = []
     for arguments, before in arguments_of(commands, "latro.py"):
         if "--help" in arguments:
@@ -123,7 +123,7 @@ def test_evaluation_commands(commands, base, tmp_path, monkeypatch):
 
 def test_other_commands(commands):
     """Scripts of the tests that have tests of their own: here only that --help knows the options."""
-    for script in ("bench.py", "study.py", "kill.py", "gpu.py"):
+    for script in ("bench.py", "study.py", "kill.py", "gpu.py", "words.py", "pay.py"):
         for arguments, _ in arguments_of(commands, script):
             helped = subprocess.run([sys.executable, os.path.join(ROOT, "tests", script), "--help"], capture_output=True, text=True)
             assert helped.returncode == 0
@@ -149,11 +149,12 @@ def test_dataset_in_code(monkeypatch):
     assert len(rows) + len(validation) == 1000 and data.grade("number", rows[0]["responses"], rows[0])[1]
 
 
-def test_jsonl_row(tmp_path):
-    [row] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "my.jsonl").write_text(row * 3)
-    rows = data.load_rows("jsonl", "all", str(tmp_path / "my.jsonl"))
-    assert len(rows) == 3 and data.grade("number", "The answer is 42.", rows[0])[1]
+def test_jsonl_rows(tmp_path):
+    for row, grader in zip(re.findall(r"```json\n(.*?)```", README, re.DOTALL), ("number", "none"), strict=True):
+        (tmp_path / "my.jsonl").write_text(row * 3)
+        rows = data.load_rows("jsonl", "all", str(tmp_path / "my.jsonl"))
+        assert len(rows) == 3 and data.choose_grader("auto", "jsonl", rows)[0] == grader
+        assert grader == "none" or data.grade("number", "The answer is 42.", rows[0])[1]
 
 
 def test_every_key_is_there(capsys):

@@ -51,3 +51,17 @@ def test_sft_trains_on_the_gold_rationales(smol_run, gsm8k):
     gold = {r["rationales"] for r in data.load_rows("gsm8k", "train", gsm8k)}
     assert all(r["rationale"] in gold and r["response"].startswith("The answer is ")
                for r in rows(f"{smol_run}/runs/sft/samples.jsonl"))
+
+
+def test_a_task_of_reasoning_gym(smollm2, tmp_path):
+    """The model's own answers are graded by the task's scorer, and it trains."""
+    printed = script("latro.py", "--model_name_or_path", smollm2, "--dataset_name", "reasoning_gym:chain_sum",
+                     "--dataset_options", "size=40", "max_terms=2", "max_digits=1", "--max_steps", 1, "--limit", 12,
+                     "--num_evaluations", 1, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1,
+                     "--response_length", 64, "--run_name", "gym", cwd=tmp_path)
+    assert "greedy accuracy" in printed and "rationales" in printed
+    check_run(f"{tmp_path}/runs/gym", 1)
+    result = json.load(open(f"{tmp_path}/runs/gym/evaluation-base.json"))
+    assert result["accuracy"] > 0
+    for row in result["rows"]:
+        assert row["correct"] == (row["prediction"] == row["groundtruth"])

@@ -2,8 +2,10 @@
 import json
 import os
 
+import pay
 import pytest
 import study
+import words
 
 import evaluate
 import latro
@@ -87,7 +89,7 @@ def test_runs_are_what_the_page_says_and_made_once(fake):
     run(folder)
     runs = {c.run_name: c for c in commands if isinstance(c, latro.Config)}
     assert len(runs) == 3 * 14 and len(commands) - len(runs) == 3 * 16
-    assert all(c.sequences == 128 and c.total_steps(3600, 1) == 120 and c.kl_coef in (0, 0.05) for c in runs.values())
+    assert all(c.sequences == 128 and c.total_steps(3600, 1) == 40 and c.kl_coef in (0, 0.05) for c in runs.values())
     assert [runs[f"rloo_k-{k}-0"].prompts for k in (2, 4, 16)] == [64, 32, 8] and runs["latro-0"].prompts == 16
     assert runs["length-4-2"].response_length == 4 and runs["length-4-2"].seed == 2
     commands.clear()
@@ -108,3 +110,62 @@ def test_a_run_that_fails_ends_the_study(tmp_path, monkeypatch):
         run(tmp_path)
     assert "the reason" in (tmp_path / "runs/latro-0.log").read_text()
     assert study.CHILDREN and all(child.poll() is not None for child in study.CHILDREN)
+
+
+@pytest.fixture
+def fake_words(monkeypatch, tmp_path):
+    """As `fake`, for the words study; accuracy is 0.1 before training, then 0.5, 0.6 of two seeds."""
+    commands = []
+
+    def script(log, name, *arguments, threads=1):
+        argv = [str(a) for a in arguments]
+        if name == "latro.py":
+            settings = latro.load_config(argv)
+            run = tmp_path / "runs" / settings.run_name
+            for made in ("best", "final"):
+                (run / made).mkdir(parents=True)
+            (run / "config.yaml").write_text("# torch 2, commit abc\nmodel_name_or_path: x\n")
+            rows = [{"step": step, "split": "validation", "accuracy": 0.5, "rationale_length": 9.0} for step in (0, 24)]
+            (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        else:
+            settings = evaluate.settle(evaluate.Settings, evaluate.parse(evaluate.Settings, argv))
+            trained = os.path.basename(settings.model) == "best"
+            accuracy = 0.5 + 0.1 * settings.seed if trained else 0.1
+            result = dict(accuracy=accuracy, accuracy_ci95=[accuracy - 0.05, accuracy + 0.05], maj_at_k=accuracy, finished=1.0,
+                          answer_logprob=-2.0, answer_logprob_no_rationale=-4.0, rationale_length=9.0, break_even=dict(
+                              right=0.25, break_even=0.75, logprob_right=-1.0, logprob_wrong=-9.0, logprob_guess=-3.0))
+            with open(settings.out, "w") as file:
+                json.dump(result, file)
+        commands.append(settings)
+
+    monkeypatch.setattr(words, "script", script)
+    monkeypatch.setattr(words, "HUB", "shipped")
+    monkeypatch.delenv("SMOLLM2", raising=False)
+    return tmp_path, commands
+
+
+def test_the_words_study(fake_words):
+    folder, commands = fake_words
+    argv = ["--model", "shipped", "--seeds", "2", "--out", str(folder / "docs"), "--runs", str(folder / "runs")]
+    words.main(argv)
+    page = (folder / "docs/words.md").read_text()
+    assert "| after the short SFT | 10.0 [5–15] | 10.0 | −2.00 | −4.00 | 100.0 | 9.0 |" in page
+    assert "| LaTRO | 55.0 ± 7.1 [45–55] | 55.0 ± 7.1 | −2.00 ± 0.00 |" in page and "over 2 seeds" in page
+    assert "| LaTRO, `reward: prob` | 25 | 75 | −1.0 | −9.0 | −3.0 |" in page
+    assert (folder / "docs/words.png").read_bytes()[:4] == b"\x89PNG"
+    base, *runs = [c for c in commands if isinstance(c, latro.Config)]
+    judged = [c for c in commands if not isinstance(c, latro.Config)]
+    assert (base.model_name_or_path, base.dataset_name, base.objective) == ("shipped", "words_base", "sft")
+    assert len(runs) == 2 * len(words.ROWS) and len(judged) == 2 * len(words.ROWS) + 2
+    start = str(folder / "runs/base/final")
+    assert all(c.model_name_or_path == start and c.max_steps == runs[0].max_steps for c in runs)
+    kept = [c for c in runs if c.objective == "latro"]
+    assert {(c.sft_penalty, c.reward) for c in kept} == {(1, "logprob"), (0, "logprob"), (1, "prob")}
+    assert {c.dataset_name for c in runs if c.objective == "sft"} == {"words", "words_direct"}
+    assert all((c.limit, c.num_samples, c.temperature, c.response_length) == (200, 8, kept[0].temperature, 48) for c in judged)
+    commands.clear()
+    words.main(argv)
+    assert commands == []
+    file = folder / "runs/base-0.json"
+    pay.main([f"cups={file}", f"words={file}", "--out", str(folder / "pay.png")])
+    assert (folder / "pay.png").read_bytes()[:4] == b"\x89PNG"

@@ -36,34 +36,31 @@ FIGURES = {"accuracy": "greedy, %", "maj_at_k": "maj@8, %", "answer_logprob": "l
 PERCENT = {"accuracy", "maj_at_k", "finished"}
 
 
-def judge(runs: Path, name: str, model, seed: int) -> None:
-    """The evaluation of a model on 200 test questions, where it is missing."""
-    file = runs / f"{name}-{seed}.json"
-    if not file.exists():
-        script(runs / f"{name}-{seed}.log", "evaluate.py", "--model", model, "--dataset_name", "words", "--limit", 200,
-               "--num_samples", 8, "--response_length", 48, "--temperature", 0.7, "--per_device_eval_batch_size", 100,
-               "--seed", seed, "--out", f"{file}.partial")
-        os.replace(f"{file}.partial", file)
-
-
-def work(runs: Path, name: str, seed: int) -> None:
-    """Train a run, as far as that is not done, and evaluate its best model."""
+def work(runs: Path, name: str, seed: int, model: str) -> None:
+    """Train a run, as far as that is not done, and evaluate its best model on 200 test questions."""
     run = f"{name}-{seed}"
-    script(runs / f"{run}.log", "latro.py", "--config", "words.yaml", "--model_name_or_path", runs / "base/final",
-           "--output_dir", runs, "--run_name", run, "--checkpoint_path", "latest", "--seed", seed, "--num_samples", 0,
-           *ROWS[name][1].split())
-    judge(runs, name, runs / run / "best", seed)
+    log, file = runs / f"{run}.log", runs / f"{run}.json"
+    if name in ROWS:
+        script(log, "latro.py", "--config", "words.yaml", "--model_name_or_path", runs / "base/final",
+               "--output_dir", runs, "--run_name", run, "--checkpoint_path", "latest", "--seed", seed, "--num_samples", 0,
+               *ROWS[name][1].split())
+        model = runs / run / "best"
+    script(log, "evaluate.py", "--model", model, "--dataset_name", "words", "--limit", 200, "--num_samples", 8,
+           "--response_length", 48, "--temperature", 0.7, "--per_device_eval_batch_size", 100, "--seed", seed,
+           "--out", f"{file}.partial")
+    os.replace(f"{file}.partial", file)
 
 
 def run_all(runs: Path, model: str, seeds: int) -> None:
     """Make every run and evaluation that is missing."""
-    script(runs / "base.log", "latro.py", "--config", "words_base.yaml", "--model_name_or_path", model,
-           "--output_dir", runs, "--run_name", "base", "--num_samples", 0, threads=os.cpu_count())
+    start = runs / "base/final"
+    if not start.exists():  # alone, on all cores: every run starts from it
+        script(runs / "base.log", "latro.py", "--config", "words_base.yaml", "--model_name_or_path", model,
+               "--output_dir", runs, "--run_name", "base", "--num_samples", 0, threads=os.cpu_count())
+    jobs = [("base", 0, start), *((name, seed, None) for seed in range(seeds) for name in ROWS), ("shipped", 0, model)]
+    jobs = [job for job in jobs if not (runs / "{}-{}.json".format(*job)).exists()]
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(judge, runs, "base", runs / "base/final", 0)]
-        jobs += [pool.submit(work, runs, name, seed) for seed in range(seeds) for name in ROWS]
-        jobs += [pool.submit(judge, runs, "shipped", model, 0)]
-        study.wait_for(jobs, pool)
+        study.wait_for([pool.submit(work, runs, *job) for job in jobs], pool)
 
 
 def summarise(runs: Path, seeds: int) -> dict:
