@@ -280,7 +280,7 @@ def test_every_key_of_training_arrives(apart, monkeypatch):
         layer = latro.decoder_layers(seen[0][2])[0]
         assert getattr(layer.forward, "func", None) is latro.checkpoint
         steps = [row for row in rows(f"runs/{seed}/metrics.jsonl") if "reward" in row]
-        assert [row["lr"] for row in steps] == pytest.approx([3e-4 * (1 - i / 3) for i in range(3)])
+        assert [row["lr"] for row in steps] == pytest.approx([1.5e-4 * (1 - i / 3) for i in range(3)])
         assert all(0.2 < row["work_ratio"] < 1 for row in steps)
         for calls in (seen, drawn, made):
             calls.clear()
