@@ -91,7 +91,7 @@ def page(s: dict) -> str:
             f"{100 * mean(b['right'] for b in found):.0f}", f"{100 * mean(b['break_even'] for b in found):.0f}",
             *(f"{mean(b[key] for b in found):.1f}".replace("-", "−")
               for key in ("logprob_right", "logprob_wrong", "logprob_guess"))]
-           for name, found in s["break_even"].items()]
+           for name, found in s["break_even"].items() if mean(s["table"][name]["rationale_length"]) > 0.5]
     seeds = len(s["table"]["latro"]["accuracy"])
     return f"""# Word problems: a real model that learns to work answers out
 
@@ -108,8 +108,8 @@ at temperature 0.7.
 
 ## Whether rationales pay
 
-Of what each model samples: the share of rationales that are right, the share from which on they pay, and mean log π of the
-gold answer behind a right one, a wrong one, and of a guess without one.
+Of what each model that has rationales samples: the share that is right, the share from which on they pay, and mean log π of
+the gold answer behind a right one, a wrong one, and of a guess without one.
 
 {table(["", "right, %", "break-even, %", "right", "wrong", "guess"], *pay)}
 """
