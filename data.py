@@ -892,11 +892,11 @@ def choose_grader(given, name, rows):
     _, own = find_dataset(name)
     grader, known = own if given == "auto" else given, [*GRADERS, "scorer", "none"]
     require(grader in [None, *known], f"grader {grader}: unknown; choose one of {known}")
-    truths = [row["groundtruth"] for row in rows if row["groundtruth"] is not None]
-    if not truths and grader is None:
+    truths = [row["groundtruth"] for row in rows]
+    if grader is None and not any(truths):
         return "none", "no row has a groundtruth"
-    require(grader == "none" or len(truths) == len(rows), f"{len(rows) - len(truths)} of {len(rows)} rows "
-            "have no groundtruth, which only `grader: none` does without")
+    for row in rows if grader != "none" and not all(truths) else []:
+        require(row["groundtruth"], f"no groundtruth in {row!r:.80}; only `grader: none` does without")
     needed = {"option": {"options": list}, "scorer": {"scorer": object}}.get(grader, {})
     for row in rows if needed else []:
         check_row(row, f"grader {grader}", **needed)

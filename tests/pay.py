@@ -24,7 +24,7 @@ def draw(path: Path, found: dict[str, dict]) -> None:
         axis.plot(100 * share, wrong + share * (right - wrong), "o", color="C0", label=f"this model, {share:.0%}")
         axis.set(title=label, xlabel="rationales that are right, %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     figure.supylabel("mean log π of the gold answer", fontsize=10)
     figure.savefig(path, dpi=130)
 

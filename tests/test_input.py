@@ -66,7 +66,7 @@ def place(tmp_path_factory):
     write("number_answer.jsonl", GOOD, GOOD | {"responses": 5})
     write("bad_messages.jsonl", GOOD, GOOD | {"queries": [{"role": "user"}]})
     write("bad_rationale.jsonl", GOOD, GOOD | {"rationales": 3})
-    write("null.jsonl", GOOD, GOOD | {"groundtruth": None})
+    write("null.jsonl", *MANY[:19], GOOD | {"groundtruth": None})
     write("surrogate.jsonl", *MANY[:19], GOOD | {"queries": "\ud83d"})
     write("system.jsonl", *MANY[:19], GOOD | {"queries": [{"role": "system", "content": "cup"}]})
     write("no_tokens.jsonl", *MANY[:19], GOOD | {"queries": [{"role": "user", "content": ""}]})
@@ -155,7 +155,7 @@ TRAINING = [  # arguments of latro.py → what the line must say
     (JSONL + "number_answer.jsonl", "row 2: column responses"),
     (JSONL + "bad_messages.jsonl", "row 2: column queries"),
     (JSONL + "bad_rationale.jsonl", "row 2: column rationales"),
-    (JSONL + "null.jsonl", "1 of 2 rows have no groundtruth"), (JSONL + "long.jsonl", "context"),
+    (JSONL + "null.jsonl", "no groundtruth in .*; only `grader: none` does without"), (JSONL + "long.jsonl", "context"),
     (JSONL + "latin.jsonl", "UTF-8"),
     (JSONL + "surrogate.jsonl", "line 20: .*surrogates"),
     (JSONL + "system.jsonl --model_name_or_path strict", "refuses .*no system role"),
