@@ -287,7 +287,7 @@ def jsonl(split, path=None):
         for message in query if isinstance(query, list) else user(query):
             check_row(message, f"{where} queries", role=str, content=str)
         truth = row.setdefault("groundtruth")
-        if not isinstance(truth, (str, type(None))):
+        if truth is not None and not isinstance(truth, str):
             row["groundtruth"] = json.dumps(truth, default=str)
         yield row
 
@@ -341,8 +341,8 @@ def load_rows(name, split, path=None, few_shot=0, options=()):
     rows = [row for part in parts[split].split() for row in function(part, path, **own)]
     for number, row in enumerate(rows, 1):
         for column in ("groundtruth", "responses"):
-            empty = row[column] is not None and not row[column].strip()
-            require(not empty, f"{path or name}, row {number}: column {column} is empty")
+            full = row[column] is None or row[column].strip()
+            require(full, f"{path or name}, row {number}: column {column} is empty")
     if split in ("train", "validation"):
         questions = list(dict.fromkeys(str(row["queries"]) for row in rows))
         require(questions[1:], f"dataset {name}: {len(questions)} training questions, 2 are needed")

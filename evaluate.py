@@ -659,8 +659,10 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
                            batch_size=s.per_device_eval_batch_size)
         rollouts = [cut_rollout(mine[i // k], ids, stop_ids, s.stop_seqs, decode)
                     for i, (ids, _) in enumerate(sampled)]
+        # z is not asked for: its logits would be the most
+        scores = some_logprobs(scorer, [replace(r, actions=[]) for r in rollouts], signals)
         rows = []
-        for i, (r, logprob) in enumerate(zip(rollouts, answer_logprobs(scorer, rollouts, signals))):
+        for i, (r, (_, logprob)) in enumerate(zip(rollouts, scores)):
             ids, _ = sampled[i]
             output = decode(ids[:-1] if ids[-1] in stop_ids else ids)
             row = {"output": output, "answer_length": len(r.answer)}
@@ -675,14 +677,13 @@ def evaluate(s, model, tokenizer, examples: list[Example], grader: str, num_samp
     template = len(os.path.commonprefix([y[:-1] for y in answers]))
     with suppress(Interrupted):
         sampled = outputs(num_samples, s.temperature, uniform_rows(keys, length))
-        # y behind x alone, and a guess, made at once: behind the template's words too
-        bare, guesses = (
-            answer_logprobs(scorer, [Rollout(e.prompt, y[:given], [], y[given:])
-                                     for e, y in zip(mine, answers[begin:end])], signals)
-            for given in (0, template))
-        for e, [row], samples, *logprobs in zip(mine, outputs(1), sampled, bare, guesses):
+        # y without a rationale: the template's words, in the place of z, and behind them a guess
+        bare = [Rollout(e.prompt, y[:template], y[:template], y[template:])
+                for e, y in zip(mine, answers[begin:end])]
+        bare = some_logprobs(scorer, bare, signals)
+        for e, [row], samples, (begun, guess) in zip(mine, outputs(1), sampled, bare):
             row["answer_logprob"] = mean(sample["answer_logprob"] for sample in samples or [row])
-            row |= zip(("answer_logprob_no_rationale", "guess_logprob"), logprobs)
+            row |= {"answer_logprob_no_rationale": begun + guess, "guess_logprob": guess}
             query, truth = prompt_text(tokenizer, e.row["queries"]), e.row["groundtruth"] or e.row["responses"]
             row = {"query": query, "groundtruth": truth, **row, "samples": samples}
             if graded:
@@ -740,15 +741,13 @@ def break_even(rows, blind):
 
 
 @torch.no_grad()
-def answer_logprobs(scorer, rollouts, signals=(), size=16):
-    """log π(y|x⊕z) of each rollout; `size` rollouts a pass."""
+def some_logprobs(scorer, rollouts, signals=(), size=16):
+    """[log π(z|x), log π(y|x⊕z)] of each rollout; `size` rollouts a pass."""
     logprobs = []
     for i in range(0, len(rollouts), size):
         if signals:
             raise Interrupted
-        # z is not asked for: its logits would be the most
-        part = [replace(r, actions=[]) for r in rollouts[i:i + size]]
-        logprobs += score(scorer, part)[:, 1].tolist()
+        logprobs += score(scorer, rollouts[i:i + size]).tolist()
     return logprobs
 
 

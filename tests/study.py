@@ -127,6 +127,11 @@ def made_on(runs: Path) -> dict:
             "machine": f"{os.cpu_count()} cores, {cpu[0]}", "made_by": "; ".join(sorted(made_by))}
 
 
+def publish(out: Path, name: str, summary: dict, page: str) -> None:
+    (out / f"{name}.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
+    (out / f"{name}.md").write_text(page, "utf-8")
+
+
 def table(*lines) -> str:
     """Markdown, the head first."""
     return "\n".join("| " + " | ".join(map(str, x)) + " |" for x in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
@@ -259,8 +264,7 @@ def main(argv: list[str]) -> None:
     with timed(options.out, options.runs):
         run_all(options.runs)
     summary = made_on(options.runs) | summarise(options.runs)
-    (options.out / "study.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
-    (options.out / "study.md").write_text(tables(summary), "utf-8")
+    publish(options.out, "study", summary, tables(summary))
     draw(options.out / "study.png", summary)
 
 

@@ -27,7 +27,7 @@ ROWS = {  # run: (row of the table, flags beside --config words.yaml, what it is
     "sft-answers": ("SFT on answers", "--objective sft --dataset_name words_direct --gradient_accumulation_steps 2", "32 gold answers an update"),
     "sft-gold": ("SFT on gold rationales", "--objective sft --gradient_accumulation_steps 2", "32 gold rationales and answers an update"),
 }
-# those that are no run of words.yaml: folder of the model, row
+# those that are no run of words.yaml: row of the table, what it is
 STARTS = {"shipped": ("SmolLM2-135M-Instruct", "as it is shipped"),
           "base": ("after the short SFT", "words_base.yaml, 64 updates of 32 rows: the start of every row below")}
 FIGURES = {"accuracy": "greedy, %", "maj_at_k": "maj@8, %", "answer_logprob": "log π(y\\|x⊕z)",
@@ -142,8 +142,7 @@ def main(argv: list[str]) -> None:
     with study.timed(options.out, options.runs):
         run_all(options.runs, options.model, options.seeds)
     summary = study.made_on(options.runs) | summarise(options.runs, options.seeds)
-    (options.out / "words.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), "utf-8")
-    (options.out / "words.md").write_text(page(summary), "utf-8")
+    study.publish(options.out, "words", summary, page(summary))
     draw(options.out / "words.png", summary)
 
 
