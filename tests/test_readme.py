@@ -27,7 +27,7 @@ SHAPES = {"meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA),
           "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", LLAMA | {
               "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
               "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True})}
-SHAPES["runs/sft72/final"] = SHAPES["runs/words-base/final"] = SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"]  # trained by the command before
+SHAPES["runs/sft/final"] = SHAPES["runs/words-base/final"] = SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"]  # trained by the command before
 
 
 @pytest.fixture(scope="module")
