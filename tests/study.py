@@ -1,4 +1,4 @@
-"""The embedded study: trains and evaluates all that docs/study.md shows, offline, on 2 CPU cores in under 40 minutes.
+"""The embedded study: trains and evaluates all that docs/study.md shows, offline, on 2 CPU cores in a quarter of an hour.
 
     python tests/study.py [--out docs] [--runs runs/study]
 
