@@ -895,8 +895,8 @@ def choose_grader(given, name, rows):
     truths = [row["groundtruth"] for row in rows]
     if grader is None and not any(truths):
         return "none", "no row has a groundtruth"
-    for row in rows if grader != "none" and not all(truths) else []:
-        require(row["groundtruth"], f"no groundtruth in {row!r:.80}; only `grader: none` does without")
+    bare = next((row for row in rows if not row["groundtruth"]), None)
+    require(grader == "none" or not bare, f"no groundtruth in {bare!r:.80}; only `grader: none` does without")
     needed = {"option": {"options": list}, "scorer": {"scorer": object}}.get(grader, {})
     for row in rows if needed else []:
         check_row(row, f"grader {grader}", **needed)

@@ -16,6 +16,9 @@ import torch  # noqa: E402
 if os.path.isdir(os.environ.get("SMOLLM2", ".")):
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; a model that is not there fails at once
 
+# operations that read values on the host, which waits for a GPU then
+READS = [getattr(torch.ops.aten, name).default
+         for name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select")]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 

@@ -1,6 +1,7 @@
 """What a GPU does otherwise, as far as a CPU can tell: the variable-length kernel, captured steps, which tensors lie
 where and when the host waits, tests/gpu.py."""
 import copy
+import functools
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import READS, ROOT
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -159,10 +160,6 @@ def test_new_slots():
     assert len(evaluate.KEPT) == before - 1
 
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default,
-         torch.ops.aten.masked_select.default)
-
-
 class Far(torch.Tensor):
     """A tensor that says it is on a GPU; its numbers lie in .here, on the CPU."""
     device = torch.device("cuda:0")
@@ -215,14 +212,13 @@ class GPU(TorchFunctionMode):
 
 def move(*modules):
     """Move modules to the pretended GPU, in place; what they share they go on sharing."""
-    moved = {}  # by id, beside what they were
-    for part in (part for module in modules for part in module.modules()):
+    @functools.cache
+    def far(x):
+        return nn.Parameter(Far(x.detach()), x.requires_grad) if isinstance(x, nn.Parameter) else Far(x)
+
+    for part in {part for module in modules for part in module.modules()}:
         for held in (part._parameters, part._buffers):
-            for name, x in held.items():
-                if x is not None and not isinstance(x, Far):
-                    far = Far(x.detach())
-                    far = nn.Parameter(far, x.requires_grad) if held is part._parameters else far
-                    held[name], _ = moved.setdefault(id(x), (far, x))
+            held.update({name: far(x) for name, x in held.items() if x is not None})
 
 
 @contextmanager
