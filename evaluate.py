@@ -94,16 +94,16 @@ class Slots(Cache):
     def __init__(self, like: list[torch.Tensor], width: int, slots: int):
         super().__init__(layers=[])
         self.tensors = [x.new_zeros(width, len(x), slots, x.shape[2]) for x in like]
-        # (n,) the slot that each row writes in this step, and how many slots
-        # the row that sees most sees
+        # (n,) each: the rows of this step, and the slots that they write; how
+        # many slots the row that sees most sees
         self.at, self.seen = None, 0
 
     def update(self, keys, values, layer: int, *args, **kwargs):
         """Write the step's keys and values (n, heads, 1, head size)."""
-        rows = torch.arange(len(keys), device=keys.device)
+        rows, places = self.at
         pair = self.tensors[2 * layer:2 * layer + 2]
         for slots, new in zip(pair, (keys, values)):
-            slots[rows, :, self.at] = new[:, :, 0]
+            slots[rows, :, places] = new[:, :, 0]
         return [slots[:len(keys), :, :self.seen] for slots in pair]
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -159,10 +159,11 @@ def step(model, cache: Slots, state: torch.Tensor, temperature: float):
     its slot and a uniform number, to (n, 2), a token and its log-probability.
 
     Of tensors on the device alone: nothing in it waits for their values."""
-    ids, cache.at = state[:, :2].long().T
+    ids, places = state[:, :2].long().T
+    cache.at = torch.arange(len(ids), device=ids.device), places
     logits = model(input_ids=ids[:, None],
-                   attention_mask=visible(model, cache.at, cache.seen),
-                   position_ids=cache.at[:, None],
+                   attention_mask=visible(model, places, cache.seen),
+                   position_ids=places[:, None],
                    past_key_values=cache, use_cache=True).logits[:, -1]
     precise = torch.promote_types(logits.dtype, torch.float32)
     logprobs = logits.to(precise) / (temperature or 1.0)

@@ -217,7 +217,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         optimizer.step()
         refresh(sampler, policy)
     optimizer.zero_grad()
-    numbers = [*losses.tolist(), norm.item(), 1 - finite.item()]
+    numbers = torch.stack([*losses, norm, 1 - finite]).tolist()
     clock.append(time.perf_counter())
     # what is not measured is null in the logs
     if not reference:
@@ -246,7 +246,8 @@ def reduce_metrics(figures, numbers, clock, rollouts, scorers, device) -> dict[s
     rollouts, so means of means are exact."""
     logged = ("reward", "answer_logprob", "kl", "sampling_gap", "finished",
               "stop_in_answer", "rationale_length")
-    row = {name: figures[name].mean().item() for name in logged}
+    columns = torch.stack([figures[name] for name in logged])
+    row = dict(zip(logged, columns.mean(1).tolist()))
     row |= zip(("policy_loss", "sft_loss", "grad_norm", "skipped"), numbers)
     times = [end - begin for begin, end in zip(clock, clock[1:])]
     row |= zip(("generate_s", "score_s", "train_s"), times)

@@ -113,14 +113,17 @@ class Bench:
         return size / 2**30
 
     def kernels(self, work, steps: int = 1) -> list:
-        """The kernels that take most of work()'s time: [name, milliseconds a step]."""
+        """[name, milliseconds, launches] a step, of all kernels and of those that take most of work()'s time."""
         if self.device.type != "cuda":
             return []
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-        return [[e.key[:60], round(e.self_device_time_total / 1e3 / steps, 3)] for e in found[:10]]
+        found = [(e.key[:60], e.self_device_time_total / 1e3, e.count) for e in profile.key_averages()
+                 if e.self_device_time_total]
+        found.append(("all", *(sum(column) for column in [*zip(*found)][1:])))
+        found.sort(key=lambda kernel: -kernel[1])
+        return [[name, round(ms / steps, 3), round(count / steps, 1)] for name, ms, count in found[:11]]
 
 
 def reads_of_the_host(work) -> int:
@@ -379,7 +382,7 @@ def decoding(bench):
         if name == "SmolLM2":
             check("SmolLM2: times transformers' generate", ms["transformers"] / ms["captured"], least=5)
         if rows >= 48:
-            found = bench.kernels(lambda: sample(model, [prompt], 8, num_samples=rows), 8)
+            found = bench.kernels(lambda: sample(model, [prompt], steps, num_samples=rows), steps)
             note(**{f"{label}: kernels, ms a step": found})
 
 
