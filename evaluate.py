@@ -418,7 +418,9 @@ def packed_attention(module, query, key, value, attention_mask, segments=None,
     # Gemma 2's, gpt-oss's and T5's ways to change scores
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("its attention scores are not those of SDPA")
-    if query.is_cuda and query.dtype.itemsize == 2:
+    # what the kernel takes
+    size = query.shape[-1]
+    if query.is_cuda and query.dtype.itemsize == 2 and size % 8 == 0 and size <= 256:
         return varlen_attention(query, key, value, segments, scaling, sliding_window), None
     dtype = query.dtype
     if torch.is_grad_enabled():

@@ -188,6 +188,9 @@ def update(policy, reference, sampler, optimizer, tokenizer,
             for part in passes:
                 logprobs[part] = score(learner, rollouts[part], temperature)
             rewards, advantages = weigh(rollouts, logprobs, ref_logprobs, config)
+    # the host is ahead of a GPU
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     clock.append(time.perf_counter())
 
     # loss: gradients of its parts add up; FSDP averages over the ranks
@@ -312,6 +315,8 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
     held = torch.promote_types(compute, torch.float32)
     shared = ranks == 1 and held == compute
     learner, reference = model if shared else copy.deepcopy(model), None
+    # cut up before the next copy is made: two whole ones at a time
+    policy = shard(learner, held, compute, mesh)
     sampler = cast(model, compute)
     if config.kl_coef:
         frozen = copy.deepcopy(sampler).requires_grad_(False)
@@ -321,7 +326,6 @@ def set_out(model: nn.Module, config, device) -> tuple[Scorer, Scorer | None, nn
     for layer in decoder_layers(passed) if config.gradient_checkpointing else []:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
                                           preserve_rng_state=False)
-    policy = shard(learner, held, compute, mesh)
     refresh(sampler, policy)
     return policy, reference, sampler
 

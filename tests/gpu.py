@@ -121,9 +121,9 @@ class Bench:
             torch.cuda.synchronize()
         found = [(e.key[:60], e.self_device_time_total / 1e3, e.count) for e in profile.key_averages()
                  if e.self_device_time_total]
-        found.append(("all", *(sum(column) for column in [*zip(*found)][1:])))
         found.sort(key=lambda kernel: -kernel[1])
-        return [[name, round(ms / steps, 3), round(count / steps, 1)] for name, ms, count in found[:11]]
+        together = "all", sum(ms for _, ms, _ in found), sum(count for *_, count in found)
+        return [[name, round(ms / steps, 3), round(count / steps, 1)] for name, ms, count in [together, *found[:10]]]
 
 
 def reads_of_the_host(work) -> int:
@@ -442,10 +442,10 @@ def rank_of_eight(bench):
         plan = held_by_plan(config, llama(shape, "meta", "float32"), 8)
     exact = {name: size / 2**30 for name, size in plan.items() if "estimate" not in name}
     start = sum(size for name, size in exact.items() if name in ("weights, float32", "sampling copy", "reference"))
-    note(**{"set out: peak GiB": bench.memory(peak=True), "dry run, GiB": {k: round(v, 3) for k, v in exact.items()}})
-    held = bench.memory()
-    note(**{"set out: GiB": held})
+    peak, held = bench.memory(peak=True), bench.memory()
+    note(**{"set out: peak GiB": peak, "set out: GiB": held, "dry run, GiB": {k: round(v, 3) for k, v in exact.items()}})
     if not bench.small:
+        check("set out: peak GiB, of the sampling copy's", peak / exact["sampling copy"], most=2.5)
         check("set out: GiB, of the dry run's", held / start, least=.95, most=1.05)
     for parameter in sampler.parameters():  # what was gathered from the others is nothing
         parameter.data.normal_(0, 0.02)
@@ -615,7 +615,8 @@ def start_item(name: str, small: bool, folder: str):
     """(its process, the file that it prints to)."""
     log = open(os.path.join(folder, f"{name}.log"), "w+", encoding="utf-8")
     command = [sys.executable, os.path.abspath(__file__), "--item", name, "--folder", folder]
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if small else {})
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as fsdp_launch.sh sets it
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if small else {}
     process = subprocess.Popen(command + ["--small"] * small, stdin=subprocess.PIPE, stdout=log,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment)
     return process, log

@@ -221,6 +221,18 @@ def move(*modules):
             held.update({name: far(x) for name, x in held.items() if x is not None})
 
 
+@pytest.mark.parametrize("size, takes", [(8, True), (12, False), (256, True), (264, False)])
+def test_what_the_kernel_takes(monkeypatch, size, takes):
+    """Heads of other sizes go by segments."""
+    taken = []
+    monkeypatch.setattr(evaluate, "varlen_attention", lambda query, *rest: taken.append(query) or query)
+    x = torch.randn(1, 2, 7, size, dtype=torch.bfloat16)
+    expected, _ = evaluate.packed_attention(None, x, x, x, None, ((5, 0), (2, 0)))
+    with GPU():
+        ours, _ = evaluate.packed_attention(None, *[Far(x)] * 3, None, ((5, 0), (2, 0)))
+    assert bool(taken) == takes and (takes or torch.equal(ours.here, expected))
+
+
 @contextmanager
 def counted(name, calls):
     """Adds to `calls` whenever evaluate's function of that name is called."""
@@ -271,10 +283,11 @@ def test_update_on_a_gpu(monkeypatch, graphs, tiny, cups, dtype, per_pass, passe
         if device == Far.device:
             move(*models)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
-        with counted("replay", steps):
+        with counted("replay", steps), mock.patch.object(torch.cuda, "synchronize") as waited:
             (rollouts, _, row), reads, copies = waits(lambda: latro.update(
                 policy, reference, sampler, optimizer, tiny[1], cups[:4], list("abcd"), config, device))
         found.append((rollouts, row, [getattr(x, "here", x).detach() for x in sampler.parameters()]))
+        assert waited.call_count == (device == Far.device)  # before the clock is read
     assert graphs and reads == len(steps) + 4 and copies == len(steps) + 4 + passes * per_pass
     (rollouts, row, weights), (ours, our_row, our_weights) = found
     if dtype == "float32":
