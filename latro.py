@@ -158,7 +158,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     """One step on this rank's examples: sample → score → advantage → loss →
     step. Returns the rollouts, K of a prompt in a row, their figures (B*K,),
     and this step's row of metrics, means over all ranks."""
-    clock = [time.perf_counter()]
+    clock = [now(device)]
     latro = config.objective == "latro"
     temperature = config.temperature if latro else 1.0
 
@@ -172,7 +172,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     n, size = len(rollouts), config.per_device_train_batch_size
     passes = [slice(i, i + size) for i in range(0, n, size)]
     lengths = torch.tensor([len(r.answer) for r in rollouts], device=device)
-    clock.append(time.perf_counter())
+    clock.append(now(device))
 
     # score: log π_0(z|x); where passes hold parts of groups, log π first
     whole = size % config.rloo_k == 0
@@ -188,10 +188,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
             for part in passes:
                 logprobs[part] = score(learner, rollouts[part], temperature)
             rewards, advantages = weigh(rollouts, logprobs, ref_logprobs, config)
-    # the host is ahead of a GPU
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    clock.append(time.perf_counter())
+    clock.append(now(device))
 
     # loss: gradients of its parts add up; FSDP averages over the ranks
     losses = torch.zeros(2, **wide)
@@ -221,7 +218,7 @@ def update(policy, reference, sampler, optimizer, tokenizer,
         refresh(sampler, policy)
     optimizer.zero_grad()
     numbers = torch.stack([*losses, norm, 1 - finite]).tolist()
-    clock.append(time.perf_counter())
+    clock.append(now(device))
     # what is not measured is null in the logs
     if not reference:
         ref_logprobs *= math.nan
@@ -230,6 +227,13 @@ def update(policy, reference, sampler, optimizer, tokenizer,
     scorers = [learner, reference] if reference else [learner]
     row = reduce_metrics(figures, numbers, clock, rollouts, scorers, device)
     return rollouts, figures, row
+
+
+def now(device) -> float:
+    """Seconds, when the device has done what it was told: the host is ahead of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def describe_rollouts(rollouts, logprobs, ref_logprobs) -> dict[str, torch.Tensor]:

@@ -47,12 +47,6 @@ NEVER = "\0never\0"  # a stop sequence that is looked for, and not found
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
-def clock(device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def spread(values: list[float]) -> str:
     ends = f" [{min(values):.3g}–{max(values):.3g}]" if max(values) > min(values) else ""
     return f"{median(values):.4g}{ends}"
@@ -74,9 +68,9 @@ class Bench:
         runs = {name: [] for name in contenders}
         for number in range(self.options.repeats):
             for name in list(contenders)[::-1 if number % 2 else 1]:
-                begin = clock(self.device)
+                begin = latro.now(self.device)
                 figures = contenders[name](number) or {}
-                runs[name].append({"seconds": clock(self.device) - begin} | figures)
+                runs[name].append({"seconds": latro.now(self.device) - begin} | figures)
                 print(f"  round {number + 1}, {name}: {runs[name][-1]['seconds']:.2f} s", flush=True)
         compared = {name: {f"{figure}: {other} ÷": [a[figure] / b[figure] for a, b in zip(runs[other], rounds)]
                            for figure, other in ratios} for name, rounds in runs.items()}
@@ -112,9 +106,9 @@ def with_peak(work, device) -> dict[str, float]:
     else:
         with open("/proc/self/statm") as file:  # the peak so far may be that of loading: what is resident now counts
             before = int(file.read().split()[1]) * resource.getpagesize() / 2**30
-    begin = clock(device)
+    begin = latro.now(device)
     figures = work()
-    seconds = clock(device) - begin
+    seconds = latro.now(device) - begin
     on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else on_cpu
     return {"seconds": seconds, "peak_gib": peak, "above_gib": peak - before} | figures
@@ -165,9 +159,9 @@ def our_update(side: Side, examples, config, number: int) -> dict[str, float]:
 
 def their_update(learn, side: Side, examples, config, number: int) -> dict[str, float]:
     torch.manual_seed(number)
-    begin = clock(side.device)
+    begin = latro.now(side.device)
     rollouts, width = sample(side, examples, config, keep_scores=learn is released)
-    generate_s, tokens = clock(side.device) - begin, sum(len(r.ids) for r in rollouts)
+    generate_s, tokens = latro.now(side.device) - begin, sum(len(r.ids) for r in rollouts)
     phases, positions, _ = learn(side, rollouts, width, config)
     return {"generate_s": generate_s} | phases | {
         "tokens": tokens, "positions": positions, "work_ratio": positions / (2 * tokens)}
@@ -263,10 +257,10 @@ def learn(side: Side, rollouts, config, score_size: int, score, passes) -> tuple
     def batches(size):
         return [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
 
-    clocks = [clock(side.device)]
+    clocks = [latro.now(side.device)]
     with torch.no_grad():
         z, ref, y = torch.cat([torch.stack(score(batch)) for batch in batches(score_size)], 1)  # each (B*K,)
-    clocks.append(clock(side.device))
+    clocks.append(latro.now(side.device))
     finished = torch.tensor([r.finished for r in rollouts], device=side.device)
     rewards = latro.rollout_rewards(y, z - ref, finished, config.kl_coef, config.penalty_reward_value)
     advantages = latro.rloo_advantages(rewards.view(-1, config.rloo_k)).flatten()
@@ -278,7 +272,7 @@ def learn(side: Side, rollouts, config, score_size: int, score, passes) -> tuple
     nn.utils.clip_grad_norm_(side.policy.parameters(), config.max_grad_norm or float("inf"))
     side.optimizer.step()
     side.optimizer.zero_grad()
-    clocks.append(clock(side.device))
+    clocks.append(latro.now(side.device))
     return {"score_s": clocks[1] - clocks[0], "train_s": clocks[2] - clocks[1]}, losses.tolist()
 
 
@@ -333,13 +327,13 @@ def made_up_rollouts(example, tokenizer, k: int, limit: int = 128) -> list[Rollo
 def score_and_train(scorer: Scorer, rollouts, number: int) -> dict[str, float]:
     """What an update asks of the reference, and of the policy: one pass each."""
     device, scorer.positions = next(scorer.parameters()).device, 0
-    clocks = [clock(device)]
+    clocks = [latro.now(device)]
     with torch.no_grad():
         score(scorer, rollouts, answers=False)
-    clocks.append(clock(device))
+    clocks.append(latro.now(device))
     total = score(scorer, rollouts).sum()
     total.backward()
-    clocks.append(clock(device))
+    clocks.append(latro.now(device))
     scorer.zero_grad()
     return {"score_s": clocks[1] - clocks[0], "train_s": clocks[2] - clocks[1], "positions": scorer.positions,
             "logprob": total.item()}

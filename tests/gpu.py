@@ -75,21 +75,15 @@ class Bench:
         self.device = torch.device("cpu" if small else "cuda")
         torch.backends.cuda.enable_cudnn_sdp(False)  # as where a run sets up its device
 
-    def wait(self) -> float:
-        """The time when the device has done all that it was told."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def seconds(self, work, repeats: int = 5, warm: int = 1) -> float:
         """Median seconds of work()."""
         for _ in range(warm):
             work()
         times = []
         for _ in range(repeats):
-            begin = self.wait()
+            begin = latro.now(self.device)
             work()
-            times.append(self.wait() - begin)
+            times.append(latro.now(self.device) - begin)
         return median(times)
 
     def bandwidth(self) -> float:
@@ -443,7 +437,8 @@ def rank_of_eight(bench):
     exact = {name: size / 2**30 for name, size in plan.items() if "estimate" not in name}
     start = sum(size for name, size in exact.items() if name in ("weights, float32", "sampling copy", "reference"))
     peak, held = bench.memory(peak=True), bench.memory()
-    note(**{"set out: peak GiB": peak, "set out: GiB": held, "dry run, GiB": {k: round(v, 3) for k, v in exact.items()}})
+    note(**{"set out: peak GiB": peak, "set out: GiB": held,
+            "dry run, GiB": {name: round(size, 3) for name, size in exact.items()}})
     if not bench.small:
         check("set out: peak GiB, of the sampling copy's", peak / exact["sampling copy"], most=2.5)
         check("set out: GiB, of the dry run's", held / start, least=.95, most=1.05)
@@ -575,18 +570,18 @@ def attention(bench):
         times = []
         for seen in range(slots, slots + (4 if bench.small else 24)):
             mask = torch.zeros(rows, 1, 1, seen, **like)
-            begin = bench.wait()
+            begin = latro.now(bench.device)
             sdpa(q, k[:, :, :seen], v[:, :, :seen], mask)
-            times.append(bench.wait() - begin)
+            times.append(latro.now(bench.device) - begin)
         again = bench.seconds(lambda: sdpa(q, k[:, :, :seen], v[:, :, :seen], mask))
         note(**{f"a step, {kind}: ms, new shape": 1e3 * median(times[1:]),
                 f"a step, {kind}: ms, known shape": 1e3 * again})
         times = []
         for length in range(slots, slots + (2 if bench.small else 12)):
             x = torch.randn(1, heads * group, length, size, **like, requires_grad=True)
-            begin = bench.wait()
+            begin = latro.now(bench.device)
             sdpa(x, x, x, is_causal=True).sum().backward()
-            times.append(bench.wait() - begin)
+            times.append(latro.now(bench.device) - begin)
         note(**{f"a pass, {kind}: ms, new shape": 1e3 * median(times[1:])})
     if bench.small:
         return
